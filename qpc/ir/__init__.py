@@ -1,0 +1,1 @@
+"""A typed skin over torch.fx: stages, annotations, printer, verifier, networkx view."""

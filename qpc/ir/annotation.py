@@ -1,0 +1,91 @@
+"""What qpc knows about a node: one frozen value under `node.meta["qpc"]`."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from qpc.quant.quantizer import Quantizer
+
+KEY = "qpc"
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of a linear's weight, always [out_features, in_features], however the model stores it."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def __str__(self) -> str:
+        return f"{self.out_features}x{self.in_features}"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One place in the graph where a linear is applied.
+
+    name: qualified name of the module that owns the weight ("model.layers.0.self_attn.q_proj").
+    weight, bias: qualified names of the parameters.
+    transposed: the parameter is stored [in_features, out_features] (GPT-2's Conv1D).
+    """
+
+    name: str
+    weight: str
+    shape: LinearShape
+    bias: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class FusionGroup:
+    """Linears that read the same value and may run as one kernel.
+
+    members: names of the sites, in graph order. input: name of the fx node that all of them read.
+    """
+
+    members: tuple[str, ...]
+    input: str
+    shape: LinearShape
+    """All members stacked along the rows."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Everything known about one linear node; later stages fill later fields.
+
+    group: the largest legal group of the site (GROUPED), then the one chosen (ALLOCATED); a group of one is a single.
+    quantizer: None at ALLOCATED and later means that the linear stays as it is.
+    sensitivity: nats of KL per unit of relative squared error of this weight.
+    distortion: expected (ALLOCATED), then measured (QUANTIZED) relative squared error.
+    weight_bytes: expected, then actual stored bytes.
+    kurtosis: excess kurtosis of the weight's rows before and after the rotation.
+    """
+
+    site: LinearSite | None = None
+    group: FusionGroup | None = None
+    quantizer: Quantizer | None = None
+    sensitivity: float | None = None
+    distortion: float | None = None
+    weight_bytes: int | None = None
+    kurtosis: tuple[float, float] | None = None
+
+    def but(self, **changes: Any) -> "Annotation":
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def annotation(node: fx.Node) -> Annotation:
+    """The annotation of a node; an empty one if it has none."""
+    found = node.meta.get(KEY)
+    return found if isinstance(found, Annotation) else Annotation()
+
+
+def annotate(node: fx.Node, value: Annotation) -> None:
+    """Replace the annotation of a node."""
+    node.meta[KEY] = value

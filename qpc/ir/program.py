@@ -1,0 +1,61 @@
+"""A model on its way through the compiler: an fx graph, its stage, and where its parameters live."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from qpc.ir.annotation import annotation
+from qpc.ir.stage import Stage
+from qpc.quant.quantizer import PackedWeight
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Why a pass did not do what one might have expected of it."""
+
+    pass_name: str
+    subject: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}: {self.subject}: {self.reason}"
+
+
+@dataclass
+class Program:
+    """A captured model. torch.fx is the only graph; every other view of it is read-only.
+
+    graph_module: its placeholders are first the parameters and buffers, then the inputs of the model.
+    tensors: qualified name of the parameter or buffer that each such placeholder stands for, by placeholder name. Tied parameters
+        share one placeholder, under the first of their names.
+    inputs: names of the placeholders that are inputs of the model, in order.
+    module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
+    excluded: names of linear modules that stay as they are, with the reason.
+    packed: packed weight of each quantized site by site name (from QUANTIZED on).
+    """
+
+    graph_module: fx.GraphModule
+    tensors: dict[str, str]
+    inputs: tuple[str, ...]
+    module: nn.Module
+    stage: Stage = Stage.CAPTURED
+    excluded: dict[str, str] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The fx graph."""
+        return self.graph_module.graph
+
+    def linears(self) -> Iterator[fx.Node]:
+        """The nodes that carry a `LinearSite`, in graph order (from CANONICAL on)."""
+        return (node for node in self.graph.nodes if annotation(node).site is not None)
+
+    def tensor(self, name: str) -> Tensor:
+        """The live parameter or buffer of this qualified name."""
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.module.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value

@@ -1,0 +1,1 @@
+"""Operators: PyTorch oracles, CPU paths and Triton kernels."""

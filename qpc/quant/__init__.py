@@ -1,0 +1,1 @@
+"""Numerics only: quantizers, codes, rotations. Nothing here knows a graph."""

@@ -1,0 +1,63 @@
+"""Incoherence processing: random signs and a Hadamard transform of a layer's input axis.
+
+`y = H (s * x) / sqrt(block)` in each block of the input. Applied to the rows of a weight it makes them close to Gaussian; applied to
+the activation it leaves the product unchanged, since the transform is orthogonal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpc.quant.hadamard import block_size, hadamard_transform
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal transform of `features` inputs.
+
+    signs: uint8 [ceil(features / 8)], bit i % 8 (least significant first) of byte i // 8 set where input i changes its sign.
+    block: size of the Hadamard blocks; divides features.
+    """
+
+    features: int
+    block: int
+    signs: Tensor
+
+    @staticmethod
+    def random(features: int, generator: torch.Generator) -> "Rotation":
+        """Fresh random signs with the largest known Hadamard block that divides `features`."""
+        signs = torch.randint(0, 256, (Rotation.bytes_for(features),), generator=generator, dtype=torch.uint8)
+        return Rotation(features, block_size(features), signs)
+
+    @staticmethod
+    def bytes_for(features: int) -> int:
+        """Stored bytes of the signs of `features` inputs."""
+        return -(-features // 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.signs.numel()
+
+    def sign_vector(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The signs as +1 and -1: [features]."""
+        return unpack_signs(self.signs, self.features, dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Transform the last axis of `x` [..., features]; computes in the dtype of `x`."""
+        return hadamard_transform(x * self.sign_vector(x.dtype), self.block)
+
+    def invert(self, y: Tensor) -> Tensor:
+        """Undo `apply`."""
+        return hadamard_transform(y, self.block, transpose=True) * self.sign_vector(y.dtype)
+
+    def to(self, device: torch.device | str) -> "Rotation":
+        """The same rotation on another device."""
+        return Rotation(self.features, self.block, self.signs.to(device))
+
+
+def unpack_signs(signs: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Expand packed sign bits (uint8, least significant bit first) to +1 and -1: [features]."""
+    bits = (signs[:, None] >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1
+    return 1 - 2 * bits.reshape(-1)[:features].to(dtype)
