@@ -1,6 +1,6 @@
 """What the compiled model may cost: the one place where budgets are parsed, printed and turned into bytes.
 
-Every field of `Budget` is one limit, `None` is no limit, and several limits hold together. A new kind of limit is a new field and its units.
+Every field of `Budget` is one limit, `None` is no limit, and several limits hold together. A new kind of limit is one new field.
 """
 
 import math
