@@ -57,7 +57,7 @@ def smallest_bytes(items: Sequence[Item]) -> int:
     return sum(min(choice.cost.weight_bytes for choice in item.choices) for item in items)
 
 
-def solve(items: Sequence[Item], budget_bytes: int, *, relative_gap: float = 1e-5, time_limit_s: float = 10.0) -> Allocation:
+def solve(items: Sequence[Item], budget_bytes: int, *, relative_gap: float = 1e-6, time_limit_s: float = 10.0) -> Allocation:
     """The allocation of least loss within `budget_bytes`, to a relative gap; never a byte over.
 
     Equal input gives equal output, unless the time limit stops the search; then the best allocation found is returned with its gap.
