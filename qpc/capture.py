@@ -88,7 +88,7 @@ def _embedding_linears(program: Program) -> dict[str, str]:
 
 def _export(model: nn.Module, example_inputs: tuple[Tensor, ...] | None) -> ExportedProgram:
     parameters = inspect.signature(model.forward).parameters
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     args: tuple[Tensor, ...]
     kwargs: dict[str, Any] = {}
     if example_inputs is not None:

@@ -89,3 +89,8 @@ def annotation(node: fx.Node) -> Annotation:
 def annotate(node: fx.Node, value: Annotation) -> None:
     """Replace the annotation of a node."""
     node.meta[KEY] = value
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What the capture knows of the value of a node: a fake tensor, a symbolic number, a tuple of them, or None if it knows nothing."""
+    return node.meta.get("val", node.meta.get("example_value"))

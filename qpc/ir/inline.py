@@ -49,7 +49,8 @@ def _splice(graph_module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, a
     if isinstance(results, fx.Node):
         call.replace_all_uses_with(results)
     else:
+        outputs: Any = results
         for item in list(call.users):
-            item.replace_all_uses_with(results[item.args[1]])
+            item.replace_all_uses_with(outputs[item.args[1]])
             graph.erase_node(item)
     graph.erase_node(call)
