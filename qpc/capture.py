@@ -77,9 +77,7 @@ def _embedding_linears(program: Program) -> dict[str, str]:
     tables = {
         id(program.tensor(program.tensors[node.args[0].name]))
         for node in program.graph.nodes
-        if node.target is torch.ops.aten.embedding.default
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].name in program.tensors
+        if node.target is torch.ops.aten.embedding.default and isinstance(node.args[0], fx.Node) and node.args[0].name in program.tensors
     }
     named = program.module.named_parameters(remove_duplicate=False)
     names = [name.removesuffix(".weight") for name, value in named if id(value) in tables]

@@ -53,10 +53,11 @@ class Canonicalize(Pass):
             if reason:
                 remarks.append(self.declined(name, reason))
                 continue
-            rows, columns = fake_value(weight).shape
+            stored = program.tensors[weight.name]
+            rows, columns = program.tensor(stored).shape
             site = LinearSite(
                 name=name,
-                weight=program.tensors[weight.name],
+                weight=stored,
                 shape=LinearShape(columns, rows) if transposed else LinearShape(rows, columns),
                 bias=program.tensors.get(bias.name) if isinstance(bias, fx.Node) else None,
                 transposed=transposed,

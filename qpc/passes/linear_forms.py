@@ -82,9 +82,9 @@ def _to_linear(program: Program, node: fx.Node) -> None:
 
 def _transpose(before: fx.Node, matrix: fx.Node) -> fx.Node:
     with before.graph.inserting_before(before), torch.no_grad():
-        node: fx.Node = before.graph.call_function(aten.t.default, (matrix,))
-        node.meta["val"] = fake_value(matrix).t()
-    return node
+        transposed: fx.Node = before.graph.create_node("call_function", aten.t.default, (matrix,), name="transposed")
+        transposed.meta["val"] = fake_value(matrix).t()
+    return transposed
 
 
 def _flattened_from(node: fx.Node, x: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -107,7 +107,7 @@ def _replace(node: fx.Node, *args: Any, instead_of: list[fx.Node] | None = None)
     """Put `aten.linear(*args)` in the place of `node`, or of the views that read it."""
     replaced = instead_of or [node]
     with node.graph.inserting_before(node):
-        linear = node.graph.call_function(LINEAR, args)
+        linear = node.graph.create_node("call_function", LINEAR, args, name="linear")
     linear.meta = dict(node.meta)
     for key in ("val", "example_value"):
         if key in replaced[0].meta:
