@@ -35,6 +35,7 @@ class Program:
     module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
+    allocation: what the solver chose, a `qpc.solver.Allocation` (from ALLOCATED on). The IR knows nothing of solvers, hence the type.
     """
 
     graph_module: fx.GraphModule
@@ -45,6 +46,7 @@ class Program:
     excluded: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    allocation: object | None = None
 
     @property
     def graph(self) -> fx.Graph:
