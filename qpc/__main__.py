@@ -145,7 +145,9 @@ def generate(
 def evaluate_model(
     model: Compiled,
     text: Annotated[Path, typer.Option(help="UTF-8 file; its first tokens are read as they are.", show_default=False)],
-    reference: Annotated[Path | None, typer.Option(help="The original model, to measure the KL divergence from.", show_default=False)] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original model, to measure the KL divergence from.", show_default=False)
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to read.")] = 20480,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window; windows do not overlap.")] = 1024,
     device: Device = None,

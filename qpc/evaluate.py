@@ -36,9 +36,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, reference: nn.Module | None, tokens: Tensor, window: int = 1024, progress: Progress = silent
-) -> Evaluation:
+def evaluate(model: nn.Module, reference: nn.Module | None, tokens: Tensor, window: int = 1024, progress: Progress = silent) -> Evaluation:
     """Evaluate a causal language model on `tokens`, beside a reference if there is one.
 
     tokens: int64 [n], n >= 2. A last window shorter than `window` counts if it predicts at least one token.

@@ -249,7 +249,9 @@ def every(layers: dict[int, dict[str, list[ReportRow]]], column: str) -> list[Re
 
 def quiet_table(show_footer: bool = False) -> Table:
     """A table without lines."""
-    return Table(box=None, padding=(0, 1), pad_edge=False, collapse_padding=True, show_footer=show_footer, header_style="bold", footer_style="bold")
+    return Table(
+        box=None, padding=(0, 1), pad_edge=False, collapse_padding=True, show_footer=show_footer, header_style="bold", footer_style="bold"
+    )
 
 
 def summary(report: Report) -> RenderableType:

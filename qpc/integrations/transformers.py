@@ -98,9 +98,7 @@ def copy_tokenizer_files(source: Path | str, target: Path | str) -> None:
 
 
 @torch.inference_mode()
-def sample(
-    model: nn.Module, sequences: int, length: int, seed: int, temperature: float = 1.0, progress: Progress = silent
-) -> Tensor:
+def sample(model: nn.Module, sequences: int, length: int, seed: int, temperature: float = 1.0, progress: Progress = silent) -> Tensor:
     """Text that the model makes up: int64 [sequences, length] on the CPU, each row from the BOS token on, never stopped by an end token.
 
     A model without a BOS token starts each row with a random one. The same seed gives the same text on the same machine.
