@@ -34,13 +34,13 @@ class Adopt(Pass):
             assert legal is not None
             if decided is None or decided.group is None:
                 remarks.append(self.declined(name, "not among the linears that were allocated"))
-                annotate(node, annotation(node).but(group=replace(legal, members=(name,), shape=site_of(node).shape)))
+                annotate(node, annotation(node).but(group=legal.subset((name,))))
                 continue
             if all(here.get(member) == legal for member in decided.group.members):
                 group = replace(decided.group, input=legal.input)
             else:
                 remarks.append(self.declined(name, "its group does not read one value in this graph"))
-                group = replace(legal, members=(name,), shape=site_of(node).shape)
+                group = legal.subset((name,))
             annotate(node, decided.but(site=site_of(node), group=group))
             if name in self.source.packed:
                 program.packed[name] = self.source.packed[name]

@@ -27,7 +27,11 @@ MIN_WINDOW_BITS, MAX_WINDOW_BITS = 12, 20
 
 @dataclass(frozen=True)
 class TrellisQuantizer(UniformQuantizer):
-    """step_bits: bits per step of two weights, 3 to 12 (1.5 to 6 bits per weight). window_bits: 12 to 20; longer is better and slower to encode."""
+    """One rate of the trellis code.
+
+    step_bits: bits per step of two weights, 3 to 12 (1.5 to 6 bits per weight).
+    window_bits: 12 to 20; longer is better and slower to encode.
+    """
 
     family: ClassVar[str] = "trellis"
     step_bits: int
