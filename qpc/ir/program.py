@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qpc.errors import ModelError
-from qpc.ir.annotation import annotation
+from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.stage import Stage
 from qpc.quant.quantizer import PackedWeight
 
@@ -35,6 +35,7 @@ class Program:
     module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
+    decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
     allocation: what the solver chose, a `qpc.solver.Allocation` (from ALLOCATED on). The IR knows nothing of solvers, hence the type.
     """
 
@@ -46,6 +47,7 @@ class Program:
     excluded: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    decisions: dict[str, Annotation] = field(default_factory=dict)
     allocation: object | None = None
 
     @property

@@ -1,0 +1,53 @@
+"""Which implementation runs on which device, and why not. Nothing ever falls back in silence."""
+
+import importlib.util
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+
+import torch
+
+from qpc.errors import KernelError
+
+
+class Implementation(Enum):
+    """A way of running the operators."""
+
+    CPU = "cpu"
+    TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class Support:
+    """The implementation that runs, or None, and the reason."""
+
+    implementation: Implementation | None
+    reason: str
+
+    def require(self) -> Implementation:
+        """The implementation. Raises `KernelError` with the reason if there is none."""
+        if self.implementation is None:
+            raise KernelError(self.reason)
+        return self.implementation
+
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)
+"""Oldest CUDA compute capability that the Triton kernels are compiled and tested for."""
+
+
+@cache
+def supports(device: torch.device, dtype: torch.dtype) -> Support:
+    """The implementation for activations of this dtype on this device; every shape and quantizer is covered by each of them."""
+    if device.type == "cpu":
+        return Support(Implementation.CPU, "dequantized weights are kept in memory on a CPU")
+    if device.type != "cuda" or torch.version.hip is not None:
+        return Support(None, f"no kernel for device {device}; required cpu or an NVIDIA GPU: move the model with .to('cpu')")
+    if dtype not in TRITON_DTYPES:
+        return Support(None, f"no Triton kernel for {dtype}; required one of {', '.join(map(str, TRITON_DTYPES))}: convert the model")
+    if importlib.util.find_spec("triton") is None:
+        return Support(None, "the GPU kernels need Triton, which is not installed: pip install triton")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return Support(None, f"{capability=} of {device} must be at least {MIN_CAPABILITY} (Ampere): use the CPU")
+    return Support(Implementation.TRITON, "Triton kernels")
