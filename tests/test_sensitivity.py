@@ -68,7 +68,7 @@ def test_equals_the_divergence_of_a_perturbed_copy(name: str) -> None:
 
 def test_the_relative_error_of_a_chain_of_matrices_is_the_injected_one() -> None:
     program = canonical(Chain(), torch.zeros(2, 96))
-    found = estimate(program, batch=512, noise=1e-3, rounds=2)
+    found = estimate(program, batch=4, length=128, noise=1e-3, rounds=2)
     assert found.loss is Loss.RELATIVE_ERROR
     assert found.values["first"] == pytest.approx(1, rel=0.1)
     assert found.values["last"] == pytest.approx(1, rel=0.1)
@@ -108,6 +108,12 @@ def test_tokens_cover_the_vocabulary_and_respect_the_longest_length() -> None:
     (tokens,) = random_inputs(family("gpt2"), batch=16, length=4096, seed=0)
     assert tokens.shape == (16, 128)
     assert set(tokens.unique().tolist()) == set(range(VOCABULARY))
+
+
+def test_rows_of_matrices_are_positions() -> None:
+    (rows,) = random_inputs(canonical(Chain(32), torch.zeros(2, 32)), batch=3, length=50, seed=0)
+    assert rows.shape == (150, 32)
+    assert rows.std() == pytest.approx(1, rel=0.1)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
