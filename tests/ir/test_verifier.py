@@ -58,19 +58,19 @@ def linear(program: Program, name: str) -> fx.Node:
     return next(node for node in program.linears() if site(node).name == name)
 
 
-def change(name: str, **changes: object) -> Callable[[Program], None]:
+def change(name: str, /, **changes: object) -> Callable[[Program], None]:
     """Change annotation fields of the linear called `name`."""
     return lambda program: annotate(linear(program, name), annotation(linear(program, name)).but(**changes))
 
 
-def change_site(name: str, **changes: object) -> Callable[[Program], None]:
+def change_site(name: str, /, **changes: object) -> Callable[[Program], None]:
     def breach(program: Program) -> None:
         annotate(linear(program, name), annotation(linear(program, name)).but(site=replace(site(linear(program, name)), **changes)))
 
     return breach
 
 
-def change_group(name: str, **changes: object) -> Callable[[Program], None]:
+def change_group(name: str, /, **changes: object) -> Callable[[Program], None]:
     def breach(program: Program) -> None:
         group = annotation(linear(program, name)).group
         assert group is not None
@@ -81,7 +81,7 @@ def change_group(name: str, **changes: object) -> Callable[[Program], None]:
     return breach
 
 
-def change_packed(name: str, **changes: object) -> Callable[[Program], None]:
+def change_packed(name: str, /, **changes: object) -> Callable[[Program], None]:
     return lambda program: program.packed.update({name: replace(program.packed[name], **changes)})
 
 
