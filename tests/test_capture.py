@@ -127,7 +127,7 @@ def test_meta_parameters_and_constants_on_the_device_of_the_model() -> None:
 
 
 def test_other_modules_need_example_inputs() -> None:
-    with pytest.raises(CaptureError, match="Sequential.*give example_inputs"):
+    with pytest.raises(CaptureError, match=r"Sequential.*give example_inputs"):
         capture(model("mlp"))
     with pytest.raises(CaptureError, match="must be tensors, got int"):
         capture(model("mlp"), example_inputs=(3,))  # type: ignore[arg-type]
