@@ -270,18 +270,19 @@ def terminate(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def main() -> None:
-    """Entry point of the script `qpc`."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point of the script `qpc`; always ends in `SystemExit`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, terminate)
     try:
-        app(prog_name="qpc")
+        app(arguments, prog_name="qpc")
     except QpcError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def evaluate(model: nn.Module, reference: nn.Module | None, tokens: Tensor, wind
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits [batch, length, vocabulary] of a model that returns them alone, first in a tuple, or as `.logits`; `tokens` is int64 [batch, length]."""
+    """Logits [batch, length, vocabulary] of tokens [batch, length], whether a model returns them alone, in a tuple or as `.logits`."""
     device = next((parameter.device for parameter in model.parameters()), tokens.device)
     output = model(tokens.to(device), use_cache=False) if hasattr(model, "generation_config") else model(tokens.to(device))
     logits = getattr(output, "logits", output)

@@ -216,7 +216,7 @@ def allocation_table(report: Report) -> RenderableType:
         table.add_column("outside the layers" if stacks else "linear", no_wrap=True)
         table.add_column("bits", justify="right")
         for row in alone:
-            table.add_row(row.name, bits_cell([row]))
+            table.add_row(Text(row.name), bits_cell([row]))
         parts.append(table)
     return Group(*parts)
 
@@ -226,14 +226,14 @@ def stack_table(stack: str, layers: dict[int, dict[str, list[ReportRow]]]) -> Ta
     columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
     names = headings(columns)
     table = quiet_table(show_footer=True)
-    table.add_column(stack or "layer", footer="mean", no_wrap=True, style="bold")
+    table.add_column(Text(stack or "layer"), footer="mean", no_wrap=True, style="bold")
     for column in columns:
-        table.add_column(names[column], footer=bits_cell(every(layers, column)), justify="right", overflow="fold")
+        table.add_column(Text(names[column]), footer=bits_cell(every(layers, column)), justify="right", overflow="fold")
     table.add_column("mean", footer=bits_cell([row for column in columns for row in every(layers, column)]), justify="right", style="dim")
     lines = []
     for layer, cells in layers.items():
         mean = bits_cell([row for rows in cells.values() for row in rows])
-        lines.append((layer, tuple(bits_cell(cells.get(column, [])) for column in columns) + (mean,)))
+        lines.append((layer, (*(bits_cell(cells.get(column, [])) for column in columns), mean)))
     for cells_text, run in groupby(lines, key=lambda line: tuple(cell.plain for cell in line[1])):
         members = list(run)
         first, last = members[0][0], members[-1][0]
@@ -266,13 +266,13 @@ def summary(report: Report) -> RenderableType:
         f"{len(report.quantized)} of {len(report.rows)} quantized: {report.linear_weights / 1e6:.1f} M weights, "
         f"{report.bits_per_weight:.3f} bits per weight, {size(report.linear_bytes)}",
     )
-    table.add_row("budget", f"{report.budget}, effort {report.effort}, seed {report.seed}")
+    table.add_row("budget", Text(f"{report.budget}, effort {report.effort}, seed {report.seed}"))
     if report.predicted_loss is not None:
         table.add_row("predicted", f"KL {report.predicted_loss:.4f} nats per token")
     if report.solver_gap is not None:
         table.add_row("solver", "optimal" if report.solver_gap <= 1e-6 else f"within {report.solver_gap:.2%} of the optimum")
     for kind, count in fused(report).most_common():
-        table.add_row("fused", f"{kind}: {count} group{'s' if count > 1 else ''}")
+        table.add_row("fused", Text(f"{kind}: {count} group{'s' if count > 1 else ''}"))
     return table
 
 
