@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from qpc.errors import CaptureError, ModelError
 from qpc.ir.inline import inline_regions
 from qpc.ir.program import Program, named_tensors
+from qpc.ir.values import mutated
 
 OUTPUT_HEAD = "the output head stays as it is"
 EMBEDDING = "its weight is also that of an embedding"
@@ -161,9 +162,6 @@ def _explanation(model: nn.Module, error: BaseException) -> str:
 def _program(model: nn.Module, exported: ExportedProgram) -> Program:
     graph_module = exported.graph_module
     graph = graph_module.graph
-    if exported.graph_signature.buffers_to_mutate:
-        written = ", ".join(sorted(exported.graph_signature.buffers_to_mutate.values()))
-        raise CaptureError(f"the forward of the model writes to its buffers ({written}); make them constant before you capture it")
     inline_regions(graph_module)
     live = named_tensors(model)
     first = {id(value): name for name, value in reversed(live.items())}
@@ -194,6 +192,9 @@ def _program(model: nn.Module, exported: ExportedProgram) -> Program:
         if node.target in _TRACE_CHECKS:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    written = sorted(tensors[node.name] for node in mutated(graph) if node.name in tensors)
+    if written:
+        raise CaptureError(f"the forward of the model writes to {', '.join(written)}; a captured model must not change its own state")
     for name in [name for name in tensors if not placeholders[name].users]:
         graph.erase_node(placeholders[name])
         del tensors[name]
@@ -214,11 +215,10 @@ def _embed_constant(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) 
 
 def _check_symbolic(program: Program) -> None:
     for node in program.graph.find_nodes(op="placeholder"):
-        if node.name in program.inputs:
-            fixed = [axis for axis, size in enumerate(node.meta["val"].shape) if isinstance(size, int)]
-            if fixed:
-                shape = [str(size) for size in node.meta["val"].shape]
-                raise CaptureError(
-                    f"the forward of {type(program.module).__name__} fixes the shape of {node.name!r} to [{', '.join(shape)}]; "
-                    "batch and length must be free: look for code that branches on the shape of its input"
-                )
+        # A size that the model fixed is an int, or a symbol that is known to be one.
+        shape = [str(size) for size in node.meta["val"].shape] if node.name in program.inputs else []
+        if any(size.isdecimal() for size in shape):
+            raise CaptureError(
+                f"the forward of {type(program.module).__name__} fixes the shape of {node.name!r} to [{', '.join(shape)}]; "
+                "batch and length must be free: look for code that branches on the shape of its input"
+            )

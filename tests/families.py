@@ -5,12 +5,19 @@ evaluation mode.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from qpc.capture import capture
+from qpc.ir.program import Program
+from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.fusion import Fusion
+from qpc.passes.pipeline import Pipeline
 
 VOCABULARY = 96
 WIDTH = 64
@@ -123,3 +130,54 @@ def plain_inputs(batch: int = 3, length: int = 5) -> tuple[Tensor, ...]:
 def tokens(batch: int = 2, length: int = 9) -> Tensor:
     """Random token ids, int64 [batch, length]."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def model(name: str) -> nn.Module:
+    """The model or module of this name, built once; tests must not change it."""
+    return (FAMILIES | PLAIN)[name]()
+
+
+def inputs(name: str, batch: int, length: int) -> tuple[Tensor, ...]:
+    """Inputs of the model or module of this name."""
+    return (tokens(batch, length),) if name in FAMILIES else plain_inputs(batch, length)
+
+
+@cache
+def _captured(name: str) -> Program:
+    return capture(model(name), example_inputs=None if name in FAMILIES else plain_inputs())
+
+
+def captured(name: str) -> Program:
+    """A fresh copy of the captured program of this name; capturing itself is done once."""
+    return copied(_captured(name))
+
+
+@cache
+def _grouped(name: str) -> Program:
+    program = captured(name)
+    Pipeline((Canonicalize(), Fusion())).run(program)
+    return program
+
+
+def grouped(name: str) -> Program:
+    """A fresh copy of the program of this name after fusion analysis."""
+    return copied(_grouped(name))
+
+
+def copied(program: Program) -> Program:
+    """A program on the same module whose graph and books may be changed."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    results = graph.graph_copy(program.graph, values)
+    graph.output(results)
+    for old, new in values.items():
+        new.name = old.name
+    return replace(
+        program,
+        graph_module=fx.GraphModule(program.graph_module, graph),
+        tensors=dict(program.tensors),
+        excluded=dict(program.excluded),
+        remarks=list(program.remarks),
+        packed=dict(program.packed),
+    )

@@ -45,7 +45,7 @@ class Fusion(Pass):
                 clusters += [[node] for node in nodes]
             else:
                 clusters += self._split(program, network, nodes, remarks)
-        clusters = self._with_constant_partners(clusters, remarks)
+        clusters = self._without_cycles(network, self._with_constant_partners(clusters, remarks), remarks)
         for cluster in clusters:
             sites = [_site(node) for node in cluster]
             group = FusionGroup(tuple(site.name for site in sites), _input(cluster[0]).name, tuple(site.shape for site in sites))
@@ -84,6 +84,19 @@ class Fusion(Pass):
             remarks += [self.declined(_site(node).name, "its weight is applied elsewhere with other partners") for node in loose]
             rest = [[node for node in cluster if node not in loose] for cluster in clusters]
             clusters = [cluster for cluster in rest if cluster] + [[node] for node in loose]
+
+    def _without_cycles(self, network: "nx.DiGraph[str]", clusters: list[Cluster], remarks: list[Remark]) -> list[Cluster]:
+        """Take groups apart that wait for each other: each may be legal, and yet the first need a result of the second and back."""
+        while True:
+            owner = {node.name: cluster[0].name for cluster in clusters for node in cluster}
+            try:
+                cycle = nx.find_cycle(nx.relabel_nodes(network, owner))
+            except nx.NetworkXNoCycle:
+                return clusters
+            name = next(begin for begin, _ in cycle if list(owner.values()).count(begin) > 1)
+            apart = next(cluster for cluster in clusters if cluster[0].name == name)
+            remarks += [self.declined(_site(node).name, "its group and another would wait for each other") for node in apart]
+            clusters = [cluster for cluster in clusters if cluster is not apart] + [[node] for node in apart]
 
 
 def candidates(group: FusionGroup) -> tuple[FusionGroup, ...]:

@@ -34,7 +34,10 @@ def rewrite_linears(program: Program) -> None:
 def _inline_linear_modules(program: Program) -> None:
     """Turn calls of `nn.Linear` into `aten.linear` on new placeholders of its parameters."""
     names = {id(value): name for name, value in reversed(named_tensors(program.module).items())}
-    placeholders = {name: node for node in program.graph.find_nodes(op="placeholder") if (name := program.tensors.get(node.name))}
+    placeholders: dict[str, fx.Node] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in program.tensors:
+            placeholders[program.tensors[node.name]] = node
     fake_mode = FakeTensorMode()
 
     def placeholder(value: Tensor) -> fx.Node:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qpc.errors import QuantizerError
 from qpc.quant.codebook import CODE_DEVIATION, decode_windows
+from qpc.quant.distortion import trellis_distortion
 from qpc.quant.quantizer import TILE, RingEncoder, UniformQuantizer
 from qpc.quant.viterbi import encode_rings
 
@@ -46,6 +47,10 @@ class TrellisQuantizer(UniformQuantizer):
     @property
     def rate(self) -> Fraction:
         return Fraction(self.step_bits, 2)
+
+    @property
+    def distortion(self) -> float:
+        return trellis_distortion(self.step_bits, self.window_bits)
 
     @property
     def tile_words(self) -> int:
