@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qpc.errors import QuantizerError
 from qpc.quant.codebook import CODE_DEVIATION, decode_windows
+from qpc.quant.distortion import trellis_distortion
 from qpc.quant.quantizer import TILE, RingEncoder, UniformQuantizer
 from qpc.quant.viterbi import encode_rings
 
@@ -27,7 +28,11 @@ MIN_WINDOW_BITS, MAX_WINDOW_BITS = 12, 20
 
 @dataclass(frozen=True)
 class TrellisQuantizer(UniformQuantizer):
-    """step_bits: bits per step of two weights, 3 to 12 (1.5 to 6 bits per weight). window_bits: 12 to 20; longer is better and slower to encode."""
+    """One rate of the trellis code.
+
+    step_bits: bits per step of two weights, 3 to 12 (1.5 to 6 bits per weight).
+    window_bits: 12 to 20; longer is better and slower to encode.
+    """
 
     family: ClassVar[str] = "trellis"
     step_bits: int
@@ -42,6 +47,10 @@ class TrellisQuantizer(UniformQuantizer):
     @property
     def rate(self) -> Fraction:
         return Fraction(self.step_bits, 2)
+
+    @property
+    def distortion(self) -> float:
+        return trellis_distortion(self.step_bits, self.window_bits)
 
     @property
     def tile_words(self) -> int:
