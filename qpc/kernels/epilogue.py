@@ -16,9 +16,7 @@ def finish(total, rows, mask, scales, bias, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _sum_splits_kernel(
-    partial, scales, bias, out, batch, out_features, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_splits_kernel(partial, scales, bias, out, batch, out_features, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     item = tl.program_id(1)
     mask = rows < out_features

@@ -238,7 +238,5 @@ def _small_batch(
         )
     else:
         dot = {torch.float16: "float16", torch.bfloat16: "tf32", torch.float32: "tf32x2"}[x.dtype]
-        _matrix_kernel[grid](
-            *arguments, *widths, *chunks, features, out_features, batch, x.stride(0), DOT=dot, COLUMNS=4, **constants
-        )
+        _matrix_kernel[grid](*arguments, *widths, *chunks, features, out_features, batch, x.stride(0), DOT=dot, COLUMNS=4, **constants)
     return sum_splits(out, scales, bias, x.dtype) if split else out

@@ -154,6 +154,17 @@ def ring_chunk(steps: int, step_bits: int, window_bits: int, device: torch.devic
     return max(1, min(SCRATCH_BYTES, free) // (4 * (steps + 1) << (window_bits - step_bits)))
 
 
+def walk_shape(step_bits: int, window_bits: int) -> dict[str, int]:
+    """Shape of a block of states: how many of the suffix bits the codes of one block run over, and suffixes met at once."""
+    high_bits = min(step_bits, window_bits - step_bits)
+    return {"HIGH_BITS": high_bits, "GROUP": min(1 << (window_bits - step_bits - high_bits), max(1, STATES >> step_bits))}
+
+
+def walk_warps(step_bits: int, window_bits: int) -> int:
+    """Warps of one program: about 8 states for each lane."""
+    return max(1, min(8, (walk_shape(step_bits, window_bits)["GROUP"] << step_bits) // 256))
+
+
 def pack_symbols(symbols: Tensor, step_bits: int) -> Tensor:
     """The bit string of each ring, from the low `step_bits` bits of its windows: int32 [rings, steps] -> [rings, steps * step_bits / 32]."""
     bits = (symbols[..., None] >> torch.arange(step_bits, device=symbols.device)) & 1
@@ -166,16 +177,13 @@ def _search(values: Tensor, symbols: Tensor, step_bits: int, window_bits: int) -
     rings, steps, _ = values.shape
     if rings == 0:
         return
-    suffix_bits = window_bits - step_bits
     reach = min(steps // 2, JOINT_WINDOWS * -(-window_bits // step_bits))
-    history = torch.empty((rings, steps + 1, 1 << suffix_bits), dtype=torch.float32, device=values.device)
+    history = torch.empty((rings, steps + 1, 1 << (window_bits - step_bits)), dtype=torch.float32, device=values.device)
     joint = torch.empty(rings, dtype=torch.int32, device=values.device)
-    high_bits = min(step_bits, suffix_bits)
-    group = min(1 << (suffix_bits - high_bits), max(1, STATES >> step_bits))
-    warps = max(1, min(8, (group << step_bits) // 256))
+    shape, warps = walk_shape(step_bits, window_bits), walk_warps(step_bits, window_bits)
     bits = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits}
     for free, first, count, last in ((True, steps - reach, 2 * reach, reach), (False, 0, steps, 0)):
         _forward_kernel[(triton.cdiv(rings, RINGS),)](
-            values, history, joint, rings, steps, first, count, **bits, HIGH_BITS=high_bits, FREE=free, RINGS=RINGS, GROUP=group, num_warps=warps
+            values, history, joint, rings, steps, first, count, **bits, **shape, FREE=free, RINGS=RINGS, num_warps=warps
         )
         _trace_kernel[(rings,)](values, history, joint, symbols, steps, first, count, last, **bits, FREE=free, num_warps=1)

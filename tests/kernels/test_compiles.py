@@ -1,0 +1,74 @@
+"""Every kernel compiles for the GPUs that we name, without spilling registers. No GPU is needed."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qpc.kernels import epilogue, hadamard, scalar, trellis, viterbi
+from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
+
+LINEAR = {"codes_0": "*i32", "codes_1": "*i32", "levels_0": "*fp32", "levels_1": "*fp32", "scales": "*bf16"}
+PLAIN = {"HAS_BIAS": False, "bias": None, "SPLIT": False}
+
+
+def trellis_constants(bits: tuple[int, int], **more: Any) -> dict[str, Any]:
+    units = {"UNIT_0": 0.007, "UNIT_1": 0.007}
+    return {"STEP_BITS_0": bits[0], "STEP_BITS_1": bits[1], "WINDOW_BITS": 16, **units, **PLAIN, **more}
+
+
+def scalar_constants(bits: tuple[int, int], **more: Any) -> dict[str, Any]:
+    return {"BITS_0": bits[0], "BITS_1": bits[1], **PLAIN, **more}
+
+
+def activations(name: str) -> dict[str, str]:
+    return {**LINEAR, "x": name, "out": name}
+
+
+WALK = {"values": "*fp32", "history": "*fp32", "joint": "*i32", "symbols": "*i32"}
+ROTATION = {"x": "*bf16", "signs": "*u8", "matrix": "*i8", "out": "*bf16", "norm": "fp32"}
+
+KERNELS = [
+    *(
+        (f"trellis vector {bits} batch {batch}", trellis._vector_kernel, activations("*bf16"), trellis_constants(bits, BATCH=batch, LANES=32 * warps), warps)
+        for bits, batch, warps in (((6, 0), 1, 8), ((11, 12), 1, 16), ((7, 0), 4, 16))
+    ),
+    *(
+        (f"trellis matrix {bits} {dot}", trellis._matrix_kernel, activations(name), trellis_constants(bits, DOT=dot, COLUMNS=4), 4)
+        for bits, dot, name in (((6, 0), "float16", "*fp16"), ((5, 6), "tf32", "*bf16"), ((12, 0), "tf32x2", "*fp32"))
+    ),
+    ("trellis dequantize", trellis._dequantize_kernel, {"codes": "*i32", "scales": "*bf16", "out": "*bf16"},
+     {"STEP_BITS": 6, "WINDOW_BITS": 16, "UNIT": 0.007, "COLUMNS": 8}, 4),
+    ("scalar vector", scalar._vector_kernel, activations("*bf16"), scalar_constants((3, 8), BATCH=1, LANES=512), 16),
+    ("scalar matrix", scalar._matrix_kernel, activations("*bf16"), scalar_constants((3, 8), PRECISION="tf32x3", COLUMNS=4), 4),
+    ("scalar dequantize", scalar._dequantize_kernel, {"codes": "*i32", "levels": "*fp32", "scales": "*bf16", "out": "*bf16"},
+     {"BITS": 3, "COLUMNS": 8}, 4),
+    ("sum of splits", epilogue._sum_splits_kernel, {"partial": "*fp32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"},
+     {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
+    *(
+        (f"rotation {base} x {power}", hadamard._rotate_kernel, ROTATION,
+         {"BASE": base, "POWER": power, "STAGES": power.bit_length() - 1, "MEMBERS": members}, warps)
+        for base, power, members, warps in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))
+    ),
+    *(
+        (f"walk {bits} of {window}", viterbi._forward_kernel, WALK, {"STEP_BITS": bits, "WINDOW_BITS": window, **viterbi.walk_shape(bits, window),
+         "FREE": False, "RINGS": viterbi.RINGS}, viterbi.walk_warps(bits, window))
+        for bits, window in ((3, 20), (4, 16), (6, 16), (12, 16))
+    ),
+    *(
+        (f"trace {bits} of {window}", viterbi._trace_kernel, WALK, {"STEP_BITS": bits, "WINDOW_BITS": window, "FREE": free}, 1)
+        for bits, window, free in ((3, 20, True), (8, 16, False), (12, 16, True))
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("kernel", "types", "constants", "warps"), [each[1:] for each in KERNELS], ids=[each[0] for each in KERNELS])
+def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, architecture: int) -> None:
+    compiled = compile_kernel(kernel, types, constants, architecture, warps)
+    used = usage(compiled)
+    assert used.stack == 0, used
+    assert used.registers * warps * 32 <= 65536, used
+    assert used.shared <= 96 * 1024, used
+    assert len(instructions(compiled)) > 10
