@@ -1,1 +1,41 @@
-"""qpc: a compiler that makes language models smaller and faster with the least possible loss."""
+"""qpc: a compiler that makes language models smaller and faster with the least possible loss.
+
+    model = qpc.compile(model, budget=3.25)
+    qpc.save(model, "out")
+    model = qpc.load("out")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from qpc.errors import QpcError
+
+if TYPE_CHECKING:
+    from qpc.budget import Budget
+    from qpc.checkpoint import is_checkpoint
+    from qpc.compiler import compile, report_of
+    from qpc.integrations.storage import load, save
+    from qpc.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "QpcError", "Report", "compile", "is_checkpoint", "load", "report_of", "save"]
+
+_HOMES = {
+    "Budget": "qpc.budget",
+    "Report": "qpc.report",
+    "compile": "qpc.compiler",
+    "is_checkpoint": "qpc.checkpoint",
+    "load": "qpc.integrations.storage",
+    "report_of": "qpc.compiler",
+    "save": "qpc.integrations.storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import qpc` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qpc' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -42,3 +42,11 @@ class CheckpointError(QpcError):
 
 class KernelError(QpcError):
     """No kernel supports the given shape, quantizer and device."""
+
+
+class EvaluationError(QpcError):
+    """The text, or the window, leaves nothing to evaluate."""
+
+
+class UsageError(QpcError):
+    """A command was given a path or an option that cannot work."""

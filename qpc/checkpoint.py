@@ -1,0 +1,248 @@
+"""Checkpoints: a directory of safetensors and JSON that any machine can read.
+
+    qpc.json            what the tensors mean: format version, one entry per quantized linear, tied names, the report
+    model.safetensors   every tensor: those of quantized linears under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
+                        all others under the names that the model gives them
+    config.json, generation_config.json, tokenizer files: as the original has them
+
+Nothing in it depends on a kernel. A checkpoint is written beside its place and moved there when it is whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qpc.compiler import report_of
+from qpc.errors import CheckpointError
+from qpc.kernels.linear import QuantizedLinear, stack_rows
+from qpc.quant import palette
+from qpc.quant.quantizer import TILE
+from qpc.report import Report
+
+FORMAT = "qpc"
+FORMAT_VERSION = 1
+MANIFEST = "qpc.json"
+TENSORS = "model.safetensors"
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether this is the directory of a compiled model."""
+    return (Path(directory) / MANIFEST).is_file()
+
+
+def write(model: nn.Module, directory: Path) -> None:
+    """Write manifest and tensors of a compiled model into an existing directory."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    entries: dict[str, Any] = {}
+    for name, linear in linears.items():
+        entries[name] = {
+            "out_features": linear.out_features,
+            "in_features": linear.in_features,
+            "quantizer": palette.to_json(linear.quantizer),
+            "block": linear.block,
+            "bias": linear.bias is not None,
+        }
+    tensors, aliases = _distinct(model.state_dict(keep_vars=True))
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "linears": entries,
+        "aliases": aliases,
+        "report": report_of(model).to_json(),
+    }
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / TENSORS, metadata={"format": "pt"})
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory that takes the place of `directory` when the block ends without an exception, and vanishes otherwise.
+
+    Raises `CheckpointError` if the place is taken (and not `overwrite`) or cannot be written.
+    """
+    target = check_target(directory, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {target}: {error.strerror or error}; choose another output directory") from error
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            target.rename(retired / "old")
+            partial.rename(target)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The path, if a checkpoint may be written there; raises `CheckpointError` before any work is done."""
+    target = Path(directory).absolute()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; choose a directory")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target} is not empty; choose another directory or allow overwriting")
+    existing = next(parent for parent in (target, *target.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise CheckpointError(f"cannot write to {target}: {existing} is not a writable directory; choose another output directory")
+    return target
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked manifest of a checkpoint."""
+    path = Path(directory) / MANIFEST
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: it is not a checkpoint of qpc; make one with `qpc compile`") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is damaged") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of qpc (format must be {FORMAT!r})")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version!r}, this qpc reads {FORMAT_VERSION}; use the version that wrote it")
+    for key in ("linears", "aliases", "report"):
+        if not isinstance(manifest.get(key), dict):
+            raise CheckpointError(f"{path} has no valid {key!r} section; the checkpoint is damaged")
+    return manifest
+
+
+def read_report(directory: str | os.PathLike[str]) -> Report:
+    """The report of a checkpoint, without reading its tensors."""
+    return Report.from_json(read_manifest(directory)["report"])
+
+
+def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+    """Fill a model of the right class: quantized linears take their places, every parameter is replaced.
+
+    model: its parameters may be on the meta device, its buffers that no checkpoint holds must be real.
+    """
+    manifest = read_manifest(directory)
+    for name, entry in manifest["linears"].items():
+        _place(model, name, entry)
+    tensors = _read_tensors(Path(directory) / TENSORS, device)
+    aliases: dict[str, str] = manifest["aliases"]
+    for alias, name in aliases.items():
+        if name not in tensors:
+            raise CheckpointError(f"{alias} shares the tensor {name}, which {directory} lacks; the checkpoint is damaged")
+        tensors[alias] = tensors[name]
+    _check_tensors(model, tensors, directory)
+    model.load_state_dict(tensors, assign=True, strict=False)
+    for alias, name in aliases.items():
+        _assign(model, alias, _get(model, name))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.to(device)
+    result = Report.from_json(manifest["report"])
+    regroup(model, result)
+    model.qpc_report = result  # type: ignore[assignment]
+    return model.eval()
+
+
+def regroup(model: nn.Module, plan: Report) -> None:
+    """Make the members of each fused group row ranges of one packed weight again, and let readers of one value share their signs."""
+    for members in {row.group for row in plan.rows if len(row.group) > 1}:
+        linears = [module for module in map(model.get_submodule, members) if isinstance(module, QuantizedLinear)]
+        if len(linears) != len(members):
+            raise CheckpointError(f"the group of {members[0]} names linears that are not quantized; the checkpoint is damaged")
+        codes, scales = stack_rows([linear.packed for linear in linears])
+        start = 0
+        for linear in linears:
+            rows = linear.scales.numel() // TILE
+            for index, part in enumerate(codes):
+                setattr(linear, f"codes{index}", part[start : start + rows])
+            linear.scales = scales[start * TILE : (start + rows) * TILE]
+            linear.signs = linears[0].signs
+            start += rows
+
+
+def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under their first names, and the other names of tied ones."""
+    first: dict[tuple[object, ...], str] = {}
+    tensors, aliases = {}, {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first and not name.endswith(".signs"):
+            aliases[name] = first[key]
+        else:
+            first.setdefault(key, name)
+            tensors[name] = tensor if not name.endswith(".signs") else tensor.clone()
+    return tensors, aliases
+
+
+def _place(model: nn.Module, name: str, entry: object) -> None:
+    try:
+        replaced = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the checkpoint quantizes {name}, which this model does not have; load it into the model it was made from") from None
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"the entry of {name} is malformed; the checkpoint is damaged")
+    shape = [entry.get("out_features"), entry.get("in_features"), entry.get("block")]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise CheckpointError(f"the entry of {name} has no valid shape; the checkpoint is damaged")
+    out_features, in_features, block = shape
+    weight = getattr(replaced, "weight", None)
+    if weight is None or sorted(weight.shape) != sorted((out_features, in_features)) or (block and (block < 0 or in_features % block)):
+        found = tuple(weight.shape) if weight is not None else None
+        raise CheckpointError(f"{name} is {out_features}x{in_features} (blocks of {block}) in the checkpoint, {found} in the model")
+    bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if entry.get("bias") else None
+    model.set_submodule(name, QuantizedLinear(out_features, in_features, palette.from_json(entry.get("quantizer")), block, bias))
+
+
+def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is cut short or damaged") from error
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    """Every tensor that the model needs is there, with its shape, and with its dtype where it is packed."""
+    needed = model.state_dict(keep_vars=True)
+    for name, expected in needed.items():
+        found = tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{directory} lacks the tensor {name}; the checkpoint is incomplete")
+        if found.shape != expected.shape:
+            raise CheckpointError(f"{name} has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}; the checkpoint is damaged")
+        packed = not expected.is_floating_point() or name.endswith(".scales")
+        if packed and found.dtype != expected.dtype:
+            raise CheckpointError(f"{name} is {found.dtype}, it must be {expected.dtype}; the checkpoint is damaged")
+    unknown = sorted(tensors.keys() - needed.keys())
+    if unknown:
+        raise CheckpointError(f"{directory} holds a tensor {unknown[0]} that the model does not have; load it into the model it was made from")
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)

@@ -1,0 +1,186 @@
+"""`qpc.compile`: the pipeline from a module and a budget to a lowered model that keeps its module tree."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor, nn
+
+from qpc.budget import Budget
+from qpc.capture import capture
+from qpc.errors import ModelError, QpcError
+from qpc.ir.program import Program
+from qpc.kernels.linear import QuantizedLinear
+from qpc.passes.allocate import Allocate
+from qpc.passes.base import Pass
+from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.fusion import Fusion
+from qpc.passes.lower import Lower
+from qpc.passes.pipeline import Pipeline
+from qpc.passes.quantize import Quantize
+from qpc.progress import Progress, silent
+from qpc.quant.palette import Effort, default_palette
+from qpc.report import Report, ReportRow
+from qpc.sensitivity import Sensitivities, check_finite, estimate
+from qpc.settings import Settings
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the result of a compilation, besides the model itself.
+
+    effort: how long the trellis windows are; better and slower to encode from FAST to MAX.
+    exclude: patterns (as in a shell) of module names that stay as they are.
+    seed: of the signs, the noise and the random tokens.
+    same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
+    """
+
+    budget: Budget
+    effort: Effort = Effort.DEFAULT
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    same_quantizer_in_group: bool = False
+
+
+def compile(  # noqa: A001 - the public name
+    model: nn.Module,
+    budget: Budget | Fraction | float | str,
+    *,
+    effort: Effort | str = Effort.DEFAULT,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    same_quantizer_in_group: bool = False,
+    example_inputs: tuple[Tensor, ...] | None = None,
+    sensitivities: Sensitivities | None = None,
+    progress: Progress = silent,
+) -> nn.Module:
+    """Compress the linears of `model` to a budget, with the least predicted loss.
+
+    model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
+        is not quantized is shared between it and the result.
+    budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), or a `Budget`.
+    sensitivities: as estimated before; by default they are estimated without data.
+
+    Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
+    Raises `QpcError` if the model, an option or the budget cannot be used.
+    """
+    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group)
+    program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
+    Pipeline((Lower(),)).run(program, progress=progress, dump=Settings.from_environment().dump)
+    result = install(model, program)
+    result.qpc_report = make_report(program, options)  # type: ignore[assignment]
+    return result
+
+
+def report_of(model: nn.Module) -> Report:
+    """What was done to each linear of a compiled model."""
+    found = getattr(model, "qpc_report", None)
+    if not isinstance(found, Report):
+        raise ModelError("this model was not compiled by qpc; use the result of qpc.compile or qpc.load")
+    return found
+
+
+def build(
+    model: nn.Module,
+    options: Options,
+    *,
+    example_inputs: tuple[Tensor, ...] | None = None,
+    sensitivities: Sensitivities | None = None,
+    progress: Progress = silent,
+) -> Program:
+    """Everything before lowering: a program at QUANTIZED."""
+    program = capture(model, example_inputs=example_inputs, exclude=options.exclude)
+    program.excluded.update(irreplaceable(model))
+    return decide(program, options, sensitivities=sensitivities, progress=progress)
+
+
+def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
+    """From CAPTURED to QUANTIZED."""
+    dump = Settings.from_environment().dump
+    Pipeline((Canonicalize(), Fusion())).run(program, progress=progress, dump=dump)
+    if not any(True for _ in program.linears()):
+        kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
+        raise ModelError("the model has no linear layers that could be quantized" + (f" (left out: {kept})" if kept else ""))
+    check_finite(program)
+    if sensitivities is None:
+        sensitivities = estimate(program, seed=options.seed, progress=progress)
+    rest: tuple[Pass, ...] = (
+        Allocate(options.budget, default_palette(options.effort), sensitivities, options.same_quantizer_in_group),
+        Quantize(options.seed, progress),
+    )
+    Pipeline(rest).run(program, progress=progress, dump=dump)
+    return program
+
+
+def irreplaceable(model: nn.Module) -> dict[str, str]:
+    """Modules with a weight matrix that are more than `x W^T + b`, so that no other module can take their place."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not is_plain_linear(module):
+            found[name] = f"its class {type(module).__name__} is not a plain linear"
+    return found
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the forward of a module is that of `nn.Linear` or of transformers' `Conv1D`."""
+    forward = type(module).forward
+    return forward is nn.Linear.forward or (forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward")
+
+
+def install(model: nn.Module, program: Program) -> nn.Module:
+    """A copy of the module tree with quantized linears; every other tensor is shared with `model`."""
+    tensors = [*model.parameters(), *model.buffers()]
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, packed in program.packed.items():
+        bias = getattr(model.get_submodule(name), "bias", None)
+        result.set_submodule(name, QuantizedLinear.from_packed(packed, bias))
+    return result
+
+
+def make_report(program: Program, options: Options) -> Report:
+    """Collect what was decided for each site, and the sizes before and after."""
+    rows = []
+    for name, note in program.decisions.items():
+        assert note.site is not None and note.group is not None
+        original = program.tensor(note.site.weight)
+        stored = note.weight_bytes if note.quantizer is not None and note.weight_bytes is not None else original.nbytes
+        rows.append(
+            ReportRow(
+                name=name,
+                out_features=note.site.shape.out_features,
+                in_features=note.site.shape.in_features,
+                quantizer=str(note.quantizer) if note.quantizer is not None else None,
+                bits=8 * stored / note.site.shape.weights,
+                weight_bytes=stored,
+                distortion=note.distortion,
+                sensitivity=note.sensitivity,
+                group=note.group.members,
+                reason=None if note.quantizer is not None else "the allocation left it as it is",
+            )
+        )
+    before = model_bytes(program.module)
+    packed = {note.site.weight: note for name, note in program.decisions.items() if name in program.packed and note.site is not None}
+    saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
+    predicted = sum((note.sensitivity or 0) * (note.distortion or 0) for note in packed.values())
+    return Report(
+        rows=tuple(rows),
+        remarks=tuple(str(remark) for remark in program.remarks),
+        budget=str(options.budget),
+        seed=options.seed,
+        effort=str(options.effort),
+        model_bytes=before - saved,
+        model_bytes_before=before,
+        predicted_loss=predicted,
+        solver_gap=getattr(program.allocation, "gap", None),
+    )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a checkpoint of the model holds; tied ones once."""
+    distinct: Mapping[int, Tensor] = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.nbytes for tensor in distinct.values())
+
+
+__all__ = ["Options", "QpcError", "build", "compile", "decide", "install", "report_of"]

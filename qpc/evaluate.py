@@ -1,0 +1,109 @@
+"""Perplexity, and the distance of a compiled model from its reference, on a stretch of text.
+
+The protocol: windows that do not overlap, one at a time; the log-likelihood of every token but the first of its window; the KL divergence
+of the next-token distributions at every position. Softmax in float32, sums in float64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qpc.errors import EvaluationError, ModelError
+from qpc.progress import Progress, silent, track
+
+CHUNK = 128
+"""Positions whose softmax over the vocabulary is held at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured. The fields about the reference are None when there was none.
+
+    perplexity, reference_perplexity: exp of the mean negative log-likelihood per predicted token.
+    kl: mean KL(reference || model) in nats per position.
+    top1_agreement: share of positions at which both models rank the same token first.
+    tokens: number of tokens read. window: tokens per window.
+    """
+
+    perplexity: float
+    reference_perplexity: float | None
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+    window: int
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, reference: nn.Module | None, tokens: Tensor, window: int = 1024, progress: Progress = silent) -> Evaluation:
+    """Evaluate a causal language model on `tokens`, beside a reference if there is one.
+
+    tokens: int64 [n], n >= 2. A last window shorter than `window` counts if it predicts at least one token.
+    Raises `EvaluationError` for too short a text or window, `ModelError` for logits that are not finite.
+    """
+    if tokens.ndim != 1 or tokens.numel() < 2:
+        raise EvaluationError(f"evaluation needs a row of at least 2 tokens, got shape {tuple(tokens.shape)}; give a longer text")
+    if window < 2:
+        raise EvaluationError(f"{window=} must be at least 2: the first token of a window is never predicted")
+    windows = [piece for piece in torch.split(tokens, window) if piece.numel() > 1]
+    loss = reference_loss = divergence = agreement = 0.0
+    predicted = positions = 0
+    for piece in track(windows, "evaluate", len(windows), progress):
+        logits = logits_of(model, piece[None])[0]
+        other = None if reference is None else logits_of(reference, piece[None])[0]
+        for start in range(0, piece.numel(), CHUNK):
+            span = slice(start, start + CHUNK)
+            targets = piece[start + 1 : start + CHUNK + 1].to(logits.device)
+            mine = log_probabilities(logits[span], "the model")
+            loss -= likelihood(mine, targets)
+            if other is not None:
+                theirs = log_probabilities(other[span].to(logits.device), "the reference")
+                if theirs.shape != mine.shape:
+                    raise EvaluationError(
+                        f"the model has {mine.shape[1]} logits and the reference {theirs.shape[1]}; both must share one vocabulary"
+                    )
+                reference_loss -= likelihood(theirs, targets)
+                divergence += (theirs.exp() * (theirs - mine)).sum(dtype=torch.float64).item()
+                agreement += (theirs.argmax(dim=1) == mine.argmax(dim=1)).sum().item()
+        predicted += piece.numel() - 1
+        positions += piece.numel()
+    return Evaluation(
+        perplexity=exp(loss / predicted),
+        reference_perplexity=None if reference is None else exp(reference_loss / predicted),
+        kl=None if reference is None else divergence / positions,
+        top1_agreement=None if reference is None else agreement / positions,
+        tokens=positions,
+        window=window,
+    )
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of tokens [batch, length], whether a model returns them alone, in a tuple or as `.logits`."""
+    device = next((parameter.device for parameter in model.parameters()), tokens.device)
+    output = model(tokens.to(device), use_cache=False) if hasattr(model, "generation_config") else model(tokens.to(device))
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        raise ModelError(f"the model returns {type(output).__name__}, not logits [batch, length, vocabulary]")
+    return logits
+
+
+def log_probabilities(logits: Tensor, whose: str) -> Tensor:
+    """Float32 log-softmax of logits [positions, vocabulary]. Raises `ModelError` if one is NaN."""
+    values = logits.float().log_softmax(dim=1)
+    if values.isnan().any():
+        raise ModelError(f"the logits of {whose} are not finite, so nothing can be measured; check its weights and dtype")
+    return values
+
+
+def likelihood(log_probability: Tensor, targets: Tensor) -> float:
+    """Summed log-likelihood of int64 `targets`, the tokens that follow the first positions of [positions, vocabulary]."""
+    picked = log_probability[: targets.numel()].gather(1, targets[:, None])
+    return picked.sum(dtype=torch.float64).item()
+
+
+def exp(mean_loss: float) -> float:
+    """Perplexity of a mean loss in nats; infinite where a float cannot hold it."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf

@@ -1,0 +1,76 @@
+"""Executing a graph node by node, keeping only what is still needed, with the freedom to try another weight from any point on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from qpc.ir.program import Program
+
+
+class Walk:
+    """An execution of a program that stands before some node.
+
+    `advance` moves it forward; `finish` goes on to the end on a copy, optionally with other weights, and leaves the walk where it stands.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        bound = program.bind(inputs)
+        self._module = program.graph_module
+        self._nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
+        self._values: dict[fx.Node, Any] = {node: bound[node.name] for node in program.graph.find_nodes(op="placeholder")}
+        self._dead = _last_uses(self._nodes)
+        self._position = 0
+        # A copy of the walk shares its tensors with the walk, so a graph that writes into tensors is run from its start every time.
+        self._stays = any(_writes(node) for node in self._nodes)
+
+    def advance(self, node: fx.Node) -> None:
+        """Execute everything before `node`."""
+        while not self._stays and self._nodes[self._position] is not node:
+            self._step(self._nodes[self._position], self._values, {})
+            self._position += 1
+
+    def finish(self, weights: Mapping[fx.Node, Tensor]) -> list[Any]:
+        """The flattened outputs if the linears `weights` had these matrices [out_features, in_features]."""
+        values = dict(self._values)
+        for node in self._nodes[self._position :]:
+            if node.op == "output":
+                return tree_leaves(fx.node.map_arg(node.args, values.__getitem__))
+            self._step(node, values, weights)
+        raise AssertionError("a graph ends with its output")
+
+    def _step(self, node: fx.Node, values: dict[fx.Node, Any], weights: Mapping[fx.Node, Tensor]) -> None:
+        args: tuple[Any, ...] = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if node in weights:
+            args = (args[0], weights[node], *args[2:])
+        target: Any = node.target
+        if node.op == "call_function":
+            values[node] = target(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], target)(*args[1:], **kwargs)
+        elif node.op == "call_module":
+            values[node] = self._module.get_submodule(target)(*args, **kwargs)
+        else:
+            owner, _, leaf = target.rpartition(".")
+            values[node] = getattr(self._module.get_submodule(owner), leaf)
+        for dead in self._dead[node]:
+            del values[dead]
+
+
+def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The values that nothing needs after each node."""
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    needed: set[fx.Node] = set()
+    for node in reversed(nodes):
+        dead[node] = [used for used in dict.fromkeys([*node.all_input_nodes, node]) if used not in needed and used.op != "placeholder"]
+        needed.update(node.all_input_nodes)
+    return dead
+
+
+def _writes(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")

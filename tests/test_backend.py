@@ -1,0 +1,97 @@
+"""`torch.compile(model, backend="qpalette")`: found by name, the same numbers as `qpc.compile`, packed once for all graphs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qpc
+from qpc import backend
+from qpc.errors import QpcError, SettingsError
+from qpc.ir.annotation import annotation
+from tests.families import FAMILIES
+from tests.test_compiler import TOKENS, logits
+
+OPTIONS = {"budget": 3.5, "effort": "fast", "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def clean() -> None:
+    torch.compiler.reset()
+
+
+def test_listed_by_name() -> None:
+    assert "qpalette" in torch.compiler.list_backends()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_both_doors_give_the_same_logits(family: str) -> None:
+    model = FAMILIES[family]().eval()
+    expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
+    found = logits(torch.compile(model, backend="qpalette", options=OPTIONS, fullgraph=True))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_inductor_runs_the_lowered_graph() -> None:
+    model = FAMILIES["llama"]().eval()
+    expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
+    found = logits(torch.compile(model, backend="qpalette", options={"budget": 3.5, "effort": "fast"}))
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_new_shape_does_not_pack_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = backend.build
+    monkeypatch.setattr(backend, "build", lambda *args: built.append(args) or original(*args))
+    model = FAMILIES["llama"]().eval()
+    compiled = torch.compile(model, backend="qpalette", options=OPTIONS, dynamic=False)
+    for length in (5, 8, 13):
+        logits(compiled, TOKENS[:, :length])
+    assert len(built) == 1
+
+
+def test_groups_run_as_one_operator_behind_one_rotation() -> None:
+    seen: list[torch.fx.GraphModule] = []
+
+    def spy(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append(graph_module)
+        return graph_module
+
+    model = FAMILIES["llama"]().eval()
+    torch._dynamo.register_backend(spy, name="qpc_test_spy")
+    options = {**OPTIONS, "same_quantizer_in_group": True, "inner": "qpc_test_spy"}
+    logits(torch.compile(model, backend="qpalette", options=options))
+    targets = [str(node.target) for node in seen[0].graph.nodes if node.op == "call_function"]
+    layers = model.config.num_hidden_layers
+    assert sum(target.startswith("qpc.rotate") for target in targets) == 4 * layers
+    assert sum("_linear" in target and target.startswith("qpc.") for target in targets) == 4 * layers
+    assert any(len(annotation(node).group.members) == 3 for node in seen[0].graph.nodes if annotation(node).group)
+
+
+def test_plain_module_decides_on_its_own_graph() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    with pytest.warns(UserWarning, match="this graph alone"):
+        found = torch.compile(model, backend="qpalette", options={"budget": 6, "effort": "fast", "inner": "eager"})(x)
+    assert (found - model(x)).norm() < 0.1 * model(x).norm()
+
+
+def test_graph_without_linears() -> None:
+    compiled = torch.compile(lambda x: torch.relu(x) + 1, backend="qpalette", options=OPTIONS)
+    assert torch.equal(compiled(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "needs a budget"), ({"budget": 3, "bits": 4}, "'bits'.*known: budget"), ({"budget": 3, "inner": "nonsense"}, "unknown inner backend")],
+)
+def test_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        backend.BackendOptions.parse(options)
+
+
+def test_errors_reach_the_user() -> None:
+    compiled = torch.compile(FAMILIES["llama"]().eval(), backend="qpalette", options={"budget": 0.1})
+    with pytest.raises(Exception, match="smallest") as caught:
+        logits(compiled)
+    assert isinstance(caught.value, QpcError) or isinstance(caught.value.__cause__, QpcError)

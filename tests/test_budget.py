@@ -1,0 +1,95 @@
+"""Budgets: parsing and printing are inverse, and a feasible budget named by an error is feasible."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpc.budget import BYTE_UNITS, Budget
+from qpc.errors import BudgetError
+
+RATES = st.fractions(min_value=Fraction(1, 1000), max_value=64)
+SIZES = st.integers(min_value=1, max_value=1 << 50)
+REFUSED = ("", "abc", "nan", "inf", "0", "-3", "0MB", "3.25.1", "1/0", "3,", "3bit,4bit", "1e999999999", "\N{SUPERSCRIPT THREE}", "0.5B")
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("3.25", Budget(bits_per_weight=Fraction(13, 4))),
+        ("3.25bit", Budget(bits_per_weight=Fraction(13, 4))),
+        ("4 bits", Budget(bits_per_weight=Fraction(4))),
+        ("13/4", Budget(bits_per_weight=Fraction(13, 4))),
+        (" .5 ", Budget(bits_per_weight=Fraction(1, 2))),
+        ("4.2GiB", Budget(total_bytes=4509715660)),
+        ("80MB", Budget(total_bytes=80_000_000)),
+        ("90000000B", Budget(total_bytes=90_000_000)),
+        ("3bit, 1 GiB", Budget(bits_per_weight=Fraction(3), total_bytes=1 << 30)),
+    ],
+)
+def test_parse(text: str, budget: Budget) -> None:
+    assert Budget.parse(text) == Budget.of(text) == budget
+
+
+@given(st.one_of(st.none(), RATES), st.one_of(st.none(), SIZES))
+def test_print_then_parse_is_the_identity(rate: Fraction | None, size: int | None) -> None:
+    if rate is None and size is None:
+        with pytest.raises(BudgetError, match="at least one limit"):
+            Budget()
+        return
+    budget = Budget(rate, size)
+    assert Budget.parse(str(budget)) == budget
+
+
+@given(st.floats(min_value=1e-6, max_value=1e6))
+def test_a_float_means_the_decimal_that_it_prints(value: float) -> None:
+    assert Budget.of(value).bits_per_weight == Fraction(repr(value))
+
+
+def test_of_takes_numbers_of_every_kind() -> None:
+    expected = Budget(bits_per_weight=Fraction(3))
+    assert Budget.of(3) == Budget.of(3.0) == Budget.of("3") == Budget.of(Fraction(3)) == Budget.of(expected) == expected
+    assert Budget.of(3.3).bits_per_weight == Fraction(33, 10)
+
+
+@pytest.mark.parametrize(
+    "value",
+    (True, False, None, [3], 0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf, Fraction(0), 3j, *REFUSED),
+)
+def test_what_is_no_budget_is_refused(value: Any) -> None:
+    with pytest.raises(BudgetError):
+        Budget.of(value)
+
+
+def test_an_unknown_unit_lists_the_known_ones() -> None:
+    with pytest.raises(BudgetError) as error:
+        Budget.parse("3 parsecs")
+    assert "parsecs" in str(error.value)
+    assert all(unit in str(error.value) for unit in (*BYTE_UNITS, "bit"))
+
+
+@given(RATES, SIZES, st.integers(1, 10**9), st.integers(0, 10**9))
+def test_limits_hold_together_and_are_never_exceeded(rate: Fraction, size: int, weights: int, other: int) -> None:
+    room = Budget(rate, size).weight_bytes(weights, other)
+    assert room == min(Budget(bits_per_weight=rate).weight_bytes(weights, other), Budget(total_bytes=size).weight_bytes(weights, other))
+    assert Fraction(8 * room, weights) <= rate
+    assert room + other <= size
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9), st.integers(0, 10**9))
+def test_the_smallest_feasible_budget_is_feasible_and_named(smallest: int, weights: int, other: int) -> None:
+    just_below = Budget(bits_per_weight=Fraction(8 * smallest, weights) * Fraction(99, 100)), Budget(total_bytes=smallest + other - 1 or 1)
+    for budget in just_below:
+        if smallest <= budget.weight_bytes(weights, other):
+            continue
+        with pytest.raises(BudgetError) as error:
+            budget.check(smallest, weights, other)
+        named = str(error.value).split("smallest feasible one is ")[1]
+        rate, total = named.split(" (")[0], named.split(" or ")[1].split(" (")[0]
+        for feasible in (Budget.parse(rate), Budget.parse(total)):
+            feasible.check(smallest, weights, other)
+        assert Budget.parse(total).total_bytes == smallest + other
+        assert Budget.parse(rate).bits_per_weight <= Fraction(8 * smallest, weights) + Fraction(1, 10_000)  # type: ignore[operator]

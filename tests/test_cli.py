@@ -1,0 +1,249 @@
+"""The command line, run as a user runs it: results on stdout, one line for every mistake, nothing left behind."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import qpc
+from qpc.__main__ import main
+from qpc.terminal import ProgressBars
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run one command in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Outcome(caught.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model at 3.25 bits, made by the command itself."""
+    output = tmp_path_factory.mktemp("compiled") / "out"
+    with pytest.raises(SystemExit) as caught:
+        main(["compile", str(tiny_directory), "-o", str(output), "--bits", "3.25", "--effort", "fast"])
+    assert caught.value.code == 0
+    return output
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("It was a dark and stormy night. " * 8)
+    return path
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """A mistake of the user: code 2, one line on stderr with these words, nothing on stdout."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    for word in words:
+        assert word in outcome.err, outcome.err
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Outcome(0, f"qpc {qpc.__version__}\n", "")
+
+
+def test_compile_prints_one_json_object(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    result = json.loads(outcome.out)
+    assert result["output"] == str(tmp_path / "out")
+    assert 2 < result["bits_per_weight"] <= 4
+    assert result["linear_bytes"] == sum(row["weight_bytes"] for row in result["rows"] if row["quantizer"] is not None)
+    assert qpc.is_checkpoint(tmp_path / "out")
+
+
+def test_compile_keeps_a_size(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--size", "110kB", "--effort", "fast", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["model_bytes"] <= 110_000
+
+
+def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    pattern = "*.down_proj"
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--exclude", pattern, "--json")
+    names = [row["name"] for row in json.loads(outcome.out)["rows"] if row["quantizer"] is not None]
+    assert names and not any(name.endswith("down_proj") for name in names)
+
+
+def test_inspect_tells_the_same_twice(run: Run, compiled: Path) -> None:
+    table, machine = run("inspect", compiled), run("inspect", compiled, "--json")
+    assert (table.code, machine.code, table.err, machine.err) == (0, 0, "", "")
+    assert "q_proj" in table.out and "bits per weight" in table.out
+    assert "\x1b" not in table.out and max(map(len, table.out.splitlines())) <= 80
+    assert f"{json.loads(machine.out)['bits_per_weight']:.3f} bits per weight" in table.out
+
+
+def test_generate_continues_the_prompt(run: Run, compiled: Path, tiny_directory: Path) -> None:
+    for directory in (compiled, tiny_directory):
+        outcome = run("generate", directory, "--prompt", "Once", "--max-new-tokens", "5")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.startswith("Once")
+        assert outcome.err.startswith("5 tokens, ")
+
+
+def test_generate_repeats_with_its_seed(run: Run, compiled: Path) -> None:
+    def drawn(seed: int) -> Any:
+        options = ("--max-new-tokens", "12", "--temperature", "1", "--seed", str(seed), "--json")
+        result = json.loads(run("generate", compiled, "--prompt", "Once", *options).out)
+        assert result["tokens"] == 12
+        return result["text"]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Path, text: Path) -> None:
+    arguments = ("eval", compiled, "--reference", tiny_directory, "--text", text, "--tokens", "128", "--window", "32")
+    result = json.loads(run(*arguments, "--json").out)
+    assert (result["tokens"], result["window"]) == (128, 32)
+    assert result["kl"] > 0 and 0 <= result["top1_agreement"] <= 1
+    alone = json.loads(run("eval", tiny_directory, "--text", text, "--tokens", "128", "--window", "32", "--json").out)
+    assert alone["perplexity"] == pytest.approx(result["reference_perplexity"]) and alone["kl"] is None
+    assert f"{result['kl']:.4f} nats per token" in run(*arguments).out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ("no budget", "--bits 3.25")),
+        (("--bits", "lots"), ("'lots'", "not a number")),
+        (("--bits", "nan"), ("'nan'", "not a number")),
+        (("--bits", "-3"), ("must be positive",)),
+        (("--bits", "80MB"), ("--size takes bytes",)),
+        (("--size", "80"), ("--bits takes bits",)),
+        (("--bits", "0.5"), ("below the palette", "smallest feasible")),
+        (("--size", "10kB"), ("smallest feasible",)),
+        (("--bits", "4", "--effort", "heroic"), ("heroic", "fast", "max")),
+        (("--bits", "4", "--exclude", "*"), ("no linear layers",)),
+        (("--bits", "4", "--device", "abacus"), ("--device abacus",)),
+    ],
+)
+def test_bad_options_of_compile(run: Run, tiny_directory: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(run("compile", tiny_directory, "-o", tmp_path / "out", *options), *words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_model(run: Run, tmp_path: Path) -> None:
+    refused(run("compile", tmp_path / "none", "-o", tmp_path / "out", "--bits", "4"), "none does not exist")
+    for command in (("generate", "--prompt", "a"), ("eval", "--text", __file__)):
+        refused(run(command[0], tmp_path / "none", *command[1:]), "none does not exist")
+    refused(run("inspect", tmp_path / "none"), "none")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(run: Run, tiny_directory: Path, tmp_path: Path, value: float) -> None:
+    model = shutil.copytree(tiny_directory, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight"][1, 2] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refused(run("compile", model, "-o", tmp_path / "out", "--bits", "4"), "model.layers.0.self_attn.v_proj.weight", "NaN or infinite")
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a"), ("eval", "--text", __file__)])
+def test_damaged_checkpoints(run: Run, compiled: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    def attempt(directory: Path) -> Outcome:
+        return run(command[0], directory, *command[1:])
+
+    unknown = shutil.copytree(compiled, tmp_path / "unknown")
+    manifest = json.loads((unknown / "qpc.json").read_text())
+    (unknown / "qpc.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    refused(attempt(unknown), "format version 99")
+    short = shutil.copytree(compiled, tmp_path / "short")
+    (short / "qpc.json").write_text(json.dumps(manifest)[:200])
+    refused(attempt(short), "qpc.json")
+    if command != ("inspect",):
+        tensors = shutil.copytree(compiled, tmp_path / "tensors") / "model.safetensors"
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+        refused(attempt(tensors.parent), "model.safetensors", "cut short")
+        tensors.unlink()
+        refused(attempt(tensors.parent), "missing")
+
+
+def test_output_must_be_free(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "diary.txt").write_text("mine")
+    arguments = ("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast")
+    refused(run(*arguments), "not empty")
+    assert (tmp_path / "out" / "diary.txt").read_text() == "mine"
+    assert run(*arguments, "--overwrite").code == 0
+    assert qpc.is_checkpoint(tmp_path / "out") and not (tmp_path / "out" / "diary.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_must_be_writable(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        refused(run("compile", tiny_directory, "-o", output, "--bits", "4"), "file")
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        refused(run("compile", tiny_directory, "-o", tmp_path / "locked" / "out", "--bits", "4"), "not a writable directory")
+
+
+def test_compiled_models_are_not_compiled_again(run: Run, compiled: Path, tmp_path: Path) -> None:
+    refused(run("compile", compiled, "-o", tmp_path / "out", "--bits", "2"), "compiled model already")
+
+
+def test_bad_texts(run: Run, tiny_directory: Path, text: Path, tmp_path: Path) -> None:
+    refused(run("eval", tiny_directory, "--text", tmp_path / "none.txt"), "none.txt cannot be read")
+    refused(run("eval", tiny_directory, "--text", text, "--tokens", "5000"), "the text has 257 tokens", "--tokens 257")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    refused(run("eval", tiny_directory, "--text", tmp_path / "latin.txt"), "not UTF-8", "byte 2")
+
+
+def test_a_model_without_tokenizer_cannot_read(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_directory / name, tmp_path / name)
+    refused(run("generate", tmp_path, "--prompt", "a"), "no tokenizer")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_compile_leaves_nothing(
+    run: Run, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    monkeypatch.setattr(ProgressBars, "__call__", lambda self, task, done, total: os.kill(os.getpid(), number))
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast")
+    assert outcome == Outcome(code, "", "")
+    assert not any(tmp_path.iterdir())
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """The real interpreter: an error has no traceback, and stdout stays empty."""
+    command = [sys.executable, "-m", "qpc", "compile", str(tmp_path / "none"), "-o", str(tmp_path / "out"), "--bits", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    refused(Outcome(done.returncode, done.stdout, done.stderr), "none does not exist")

@@ -1,0 +1,167 @@
+"""`qpc.compile`: the lowered model is the model of the dequantized weights, keeps its module tree, and leaves the original alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qpc
+from qpc.errors import BudgetError, ModelError
+from qpc.kernels.linear import QuantizedLinear
+from qpc.sensitivity import Sensitivities
+from tests.families import FAMILIES
+
+TOKENS = torch.arange(40).reshape(2, 20) % 60
+
+
+def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def dequantized(original: nn.Module, compiled: nn.Module) -> nn.Module:
+    """The oracle: the original class with restored weights in the place of the packed ones."""
+    twin = copy.deepcopy(original)
+    for name, module in compiled.named_modules():
+        if isinstance(module, QuantizedLinear):
+            restored = module.packed.restored()
+            weight = twin.get_submodule(name).weight
+            with torch.no_grad():
+                weight.copy_(restored if weight.shape == restored.shape and not is_conv1d(twin, name) else restored.t())
+    return twin
+
+
+def is_conv1d(model: nn.Module, name: str) -> bool:
+    return type(model.get_submodule(name)).__name__ == "Conv1D"
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
+    original = FAMILIES[request.param]().eval()
+    return original, qpc.compile(original, budget=3.5, effort="fast")
+
+
+def test_lowered_equals_dequantized(pair: tuple[nn.Module, nn.Module]) -> None:
+    original, compiled = pair
+    expected, found = logits(dequantized(original, compiled)), logits(compiled)
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_every_quantized_linear_is_replaced_and_reported(pair: tuple[nn.Module, nn.Module]) -> None:
+    original, compiled = pair
+    rows = {row.name: row for row in qpc.report_of(compiled).rows}
+    replaced = {name for name, module in compiled.named_modules() if isinstance(module, QuantizedLinear)}
+    assert replaced == {name for name, row in rows.items() if row.quantizer is not None}
+    assert len(replaced) >= 4
+    assert not any(isinstance(module, QuantizedLinear) for module in original.modules())
+
+
+def test_budget_is_kept(pair: tuple[nn.Module, nn.Module]) -> None:
+    _, compiled = pair
+    quantized = [module for module in compiled.modules() if isinstance(module, QuantizedLinear)]
+    stored = 8 * sum(module.packed.nbytes for module in quantized)
+    assert stored <= 3.5 * sum(module.out_features * module.in_features for module in quantized)
+
+
+def test_generates_batches_with_left_padding(pair: tuple[nn.Module, nn.Module]) -> None:
+    _, compiled = pair
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    args = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    dynamic = compiled.generate(TOKENS, **args)
+    assert dynamic.shape == (2, 24)
+    assert torch.equal(dynamic, compiled.generate(TOKENS, cache_implementation="static", **args))
+    torch.manual_seed(0)
+    sampled = compiled.generate(TOKENS, attention_mask=mask, max_new_tokens=4, do_sample=True, pad_token_id=0)
+    assert sampled.shape == (2, 24)
+
+
+def test_original_is_untouched_and_unquantized_tensors_are_shared() -> None:
+    original = FAMILIES["llama"]().eval()
+    before = copy.deepcopy(original.state_dict())
+    compiled = qpc.compile(original, budget=4, effort="fast")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
+    assert compiled.get_input_embeddings().weight is original.get_input_embeddings().weight
+
+
+def test_members_of_a_group_are_row_ranges_of_one_weight() -> None:
+    compiled = qpc.compile(FAMILIES["llama"]().eval(), budget=3, effort="fast", same_quantizer_in_group=True)
+    groups = {row.group for row in qpc.report_of(compiled).rows if len(row.group) > 1}
+    assert groups
+    for members in groups:
+        codes = [compiled.get_submodule(name).codes0 for name in members]
+        assert len({part.untyped_storage().data_ptr() for part in codes}) == 1
+        assert codes[1].data_ptr() == codes[0].data_ptr() + codes[0].nbytes
+
+
+def test_same_inputs_give_the_same_bytes() -> None:
+    first, second = (qpc.compile(FAMILIES["qwen2"]().eval(), budget=3.25, effort="fast", seed=7).state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_plain_module_and_shared_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96), nn.Linear(96, 10))
+    model[4].weight = model[0].weight
+    x = torch.randn(5, 64)
+    compiled = qpc.compile(model, budget=5, effort="fast", example_inputs=(x,))
+    assert torch.equal(compiled[0].codes0, compiled[4].codes0)
+    assert torch.equal(compiled[0].signs, compiled[4].signs)
+    twin = dequantized(model, compiled)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-3, atol=1e-4)
+
+
+def test_excluded_linears_stay() -> None:
+    original = FAMILIES["llama"]().eval()
+    compiled = qpc.compile(original, budget=4, effort="fast", exclude=["*down_proj"])
+    names = [name for name, _ in original.named_modules() if name.endswith("down_proj")]
+    assert names
+    assert all(isinstance(compiled.get_submodule(name), nn.Linear) for name in names)
+    assert any("down_proj" in remark for remark in qpc.report_of(compiled).remarks)
+
+
+def test_a_class_of_its_own_is_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(64, 64), nn.Linear(64, 64))
+    compiled = qpc.compile(model, budget=4, effort="fast", example_inputs=(torch.randn(2, 64),))
+    assert isinstance(compiled[0], Scaled)
+    assert isinstance(compiled[1], QuantizedLinear)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_weight_is_named(poison: float) -> None:
+    model = FAMILIES["llama"]().eval()
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3, 5] = poison
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        qpc.compile(model, budget=3, effort="fast")
+
+
+def test_no_linears() -> None:
+    with pytest.raises(ModelError, match="no linear"):
+        qpc.compile(nn.Sequential(nn.ReLU()), budget=3, example_inputs=(torch.randn(2, 4),))
+
+
+def test_budget_below_the_palette_names_the_smallest() -> None:
+    with pytest.raises(BudgetError, match="smallest"):
+        qpc.compile(FAMILIES["llama"]().eval(), budget=0.5, effort="fast")
+
+
+def test_report_needs_a_compiled_model() -> None:
+    with pytest.raises(ModelError, match=r"qpc\.compile"):
+        qpc.report_of(nn.Linear(4, 4))
+
+
+def test_given_sensitivities_decide() -> None:
+    """A linear that matters a million times more gets more bits than its twins."""
+    model = FAMILIES["llama"]().eval()
+    rows = qpc.report_of(qpc.compile(model, budget=3, effort="fast")).rows
+    favourite = rows[-1].name
+    values = {row.name: 1.0 for row in rows} | {favourite: 1e6}
+    chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values=values, method="given", noise=0.0, seed=0, tokens=0))
+    bits = {row.name: row.bits for row in qpc.report_of(chosen).rows}
+    assert bits[favourite] > max(value for name, value in bits.items() if name != favourite)
