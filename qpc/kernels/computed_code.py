@@ -1,7 +1,8 @@
 """The computed code of `qpc.quant.codebook` in Triton, shared by the multiplication and the encoder."""
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 
 from qpc.quant.codebook import INCREMENTS, MULTIPLIERS
 

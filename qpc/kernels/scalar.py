@@ -4,12 +4,13 @@ Up to `VECTOR_BATCHES` rows of the activation, a lane owns 32 consecutive weight
 Larger batches decode a block of weights and use the tensor cores. Levels are looked up in a small table, which stays in the first-level cache.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
 
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,21 +33,21 @@ def _add_arcs(
         tile = (tile_row.to(tl.int64) * columns + tl.minimum(column, last - 1)) * (8 * BITS)
         words = ()
         for i in tl.static_range(BITS):
-            words = words + (tl.load(codes + tile + lane % 8 * BITS + i).to(tl.uint32, bitcast=True),)
+            words += (tl.load(codes + tile + lane % 8 * BITS + i).to(tl.uint32, bitcast=True),)
         sums = ()
         for i in tl.static_range(2 * BATCH):
-            sums = sums + (total[i],)
+            sums += (total[i],)
         for inner in tl.static_range(16):
             feature = first_feature + column * 16 + inner
             xs = ()
             for item in tl.static_range(BATCH):
                 value = tl.load(x + item * x_stride + feature, mask=(column < last) & (feature < features), other=0.0)
-                xs = xs + (value.to(tl.float32),)
+                xs += (value.to(tl.float32),)
             new = ()
             for row in tl.static_range(2):
                 weight = tl.load(levels + window_in_arc(words, (row * 16 + inner) * BITS, BITS))
                 for item in tl.static_range(BATCH):
-                    new = new + (tl.fma(weight, xs[item], sums[row * BATCH + item]),)
+                    new += (tl.fma(weight, xs[item], sums[row * BATCH + item]),)
             sums = new
         total = sums
     return total
@@ -61,7 +62,7 @@ def _vector_kernel(
     tile_row, split = tl.program_id(0), tl.program_id(1)
     total = ()
     for _ in tl.static_range(2 * BATCH):
-        total = total + (tl.zeros((LANES,), tl.float32),)
+        total += (tl.zeros((LANES,), tl.float32),)
     total = _add_arcs(
         total, codes_0, levels_0, x, tile_row, columns_0, split * chunk_0, tl.minimum((split + 1) * chunk_0, columns_0), 0,
         features, x_stride, BITS_0, BATCH, LANES,

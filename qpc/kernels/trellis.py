@@ -5,10 +5,11 @@ An arc starts at a word, so that every shift is a constant, and no weight moves 
 and use the tensor cores; the code values are small integers, exact in float16 and in TF32, so that only the activation rounds.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,36 +30,36 @@ def _add_arcs(
     arc = lane % 4
     acc = ()
     for _ in tl.static_range(4 * BATCH):
-        acc = acc + (tl.zeros((LANES,), tl.float32),)
+        acc += (tl.zeros((LANES,), tl.float32),)
     for start in range(first, last, LANES // 4):
         column = start + lane // 4
         tile = (tile_row.to(tl.int64) * columns + tl.minimum(column, last - 1)) * (4 * STEP_BITS)
         words = ()
         for i in tl.static_range(STEP_BITS):
-            words = words + (tl.load(codes + tile + arc * STEP_BITS + i).to(tl.uint32, bitcast=True),)
-        words = words + (tl.load(codes + tile + (arc + 1) % 4 * STEP_BITS).to(tl.uint32, bitcast=True),)
+            words += (tl.load(codes + tile + arc * STEP_BITS + i).to(tl.uint32, bitcast=True),)
+        words += (tl.load(codes + tile + (arc + 1) % 4 * STEP_BITS).to(tl.uint32, bitcast=True),)
         sums = ()
         for i in tl.static_range(4 * BATCH):
-            sums = sums + (acc[i],)
+            sums += (acc[i],)
         for pair in tl.static_range(8):
             feature = first_feature + column * 16 + 2 * pair
             here = column < last
             xs = ()
             for item in tl.static_range(BATCH):
                 at = x + item * x_stride + feature
-                xs = xs + (tl.load(at, mask=here & (feature < features), other=0.0).to(tl.float32),)
-                xs = xs + (tl.load(at + 1, mask=here & (feature + 1 < features), other=0.0).to(tl.float32),)
+                xs += (tl.load(at, mask=here & (feature < features), other=0.0).to(tl.float32),)
+                xs += (tl.load(at + 1, mask=here & (feature + 1 < features), other=0.0).to(tl.float32),)
             new = ()
             for row in tl.static_range(4):
                 even, odd = decode_window(window_in_arc(words, (row * 8 + pair) * STEP_BITS, WINDOW_BITS))
                 for item in tl.static_range(BATCH):
                     grown = tl.fma(even.to(tl.float32), xs[2 * item], sums[row * BATCH + item])
-                    new = new + (tl.fma(odd.to(tl.float32), xs[2 * item + 1], grown),)
+                    new += (tl.fma(odd.to(tl.float32), xs[2 * item + 1], grown),)
             sums = new
         acc = sums
     result = ()
     for i in tl.static_range(4 * BATCH):
-        result = result + (total[i] + acc[i] * UNIT,)
+        result += (total[i] + acc[i] * UNIT,)
     return result
 
 
@@ -71,7 +72,7 @@ def _vector_kernel(
     tile_row, split = tl.program_id(0), tl.program_id(1)
     total = ()
     for _ in tl.static_range(4 * BATCH):
-        total = total + (tl.zeros((LANES,), tl.float32),)
+        total += (tl.zeros((LANES,), tl.float32),)
     total = _add_arcs(
         total, codes_0, x, tile_row, columns_0, split * chunk_0, tl.minimum((split + 1) * chunk_0, columns_0), 0,
         features, x_stride, STEP_BITS_0, WINDOW_BITS, UNIT_0, BATCH, LANES,

@@ -8,10 +8,11 @@ A program searches `RINGS` rings, which share the code points; it loads a block 
 All steps of `m` stay in memory, so that the traceback searches the 2^k branches of one state again instead of reading back-pointers. Rings
 are searched in chunks that bound this memory.
 """
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from qpc.errors import KernelError
@@ -77,10 +78,12 @@ def _forward_kernel(
             before, x_0, x_1, square = (), (), (), ()
             for i in tl.static_range(RINGS):
                 ring = tl.minimum(tl.program_id(0) * RINGS + i, rings - 1)
-                before = before + (tl.load(history + ring * ring_size + step * suffixes + come_from),)
+                before += (tl.load(history + ring * ring_size + step * suffixes + come_from),)
                 here = values + (ring.to(tl.int64) * ring_steps + (first + step) % ring_steps) * 2
                 a, b = tl.load(here), tl.load(here + 1)
-                x_0, x_1, square = x_0 + (-2 * a,), x_1 + (-2 * b,), square + (a * a + b * b,)
+                x_0 += (-2 * a,)
+                x_1 += (-2 * b,)
+                square += (a * a + b * b,)
             for high in range(1 << HIGH_BITS):
                 even, odd, energy = _code((high << (WINDOW_BITS - HIGH_BITS)) + state)
                 for i in tl.static_range(RINGS):
