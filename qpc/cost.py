@@ -1,6 +1,7 @@
 """What a quantizer costs on a linear: stored bytes and expected distortion."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qpc.errors import QuantizerError
@@ -27,36 +28,47 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A weight to store.
+
+    sensitivity: loss per unit of its relative squared error. kept_bytes: its size as it is, or None if it may not stay so.
+    """
+
+    shape: LinearShape
+    sensitivity: float = 1.0
+    kept_bytes: int | None = None
+
+    def cost(self, quantizer: Quantizer | None) -> Cost:
+        """Bytes and distortion of one way to store it; quantizer None leaves it as it is.
+
+        The distortion counts the columns that each part really covers: a quarter of few columns cannot be met exactly.
+
+        Raises `QuantizerError` if the quantizer does not support the shape, or the weight may not stay as it is.
+        """
+        if quantizer is None:
+            if self.kept_bytes is None:
+                raise QuantizerError(f"a weight of {self.shape} may not stay as it is here")
+            return Cost(self.kept_bytes, 0.0)
+        parts = quantizer.parts(self.shape.in_features)
+        distortion = sum(part.distortion * columns for part, columns in parts) / sum(columns for _, columns in parts)
+        return Cost(quantizer.weight_bytes(self.shape.out_features, self.shape.in_features), distortion)
+
+
+@dataclass(frozen=True)
 class Choice:
-    """One way to store a linear; quantizer None leaves it as it is."""
+    """One way to store one or more weights, and the sum of their costs, each weighted by its sensitivity."""
 
     quantizer: Quantizer | None
     cost: Cost
 
 
-def quantized_cost(quantizer: Quantizer, shape: LinearShape) -> Cost:
-    """Cost of a quantizer on a weight of this shape.
-
-    The distortion counts the columns that each part really covers: a quarter of few columns cannot be met exactly. Raises `QuantizerError`
-    if the quantizer does not support the shape.
-    """
-    parts = quantizer.parts(shape.in_features)
-    columns = sum(width for _, width in parts)
-    distortion = sum(part.distortion * width for part, width in parts) / columns
-    return Cost(quantizer.weight_bytes(shape.out_features, shape.in_features), distortion)
-
-
-def choices(shape: LinearShape, quantizers: Iterable[Quantizer], *, kept_bytes: int | None = None) -> tuple[Choice, ...]:
-    """The table of a weight: its undominated choices by rising bytes.
-
-    quantizers: those that do not support the shape are left out. kept_bytes: stored bytes of the weight as it is, if it may stay so.
-    """
-    found = [] if kept_bytes is None else [Choice(None, Cost(kept_bytes, 0.0))]
-    for quantizer in quantizers:
-        try:
-            found.append(Choice(quantizer, quantized_cost(quantizer, shape)))
-        except QuantizerError:
-            continue
+def choices(weights: Sequence[Weight], quantizers: Iterable[Quantizer]) -> tuple[Choice, ...]:
+    """The undominated ways to store all of these weights alike, by rising bytes: each quantizer that supports them all, or as they are."""
+    found: list[Choice] = []
+    for quantizer in (*quantizers, None):
+        with suppress(QuantizerError):
+            costs = (weight.cost(quantizer).weighted(weight.sensitivity) for weight in weights)
+            found.append(Choice(quantizer, sum(costs, start=Cost(0, 0.0))))
     return undominated(found)
 
 

@@ -127,8 +127,8 @@ def perturbed(weight: Tensor, noise: float, seed: int, name: str) -> Tensor:
     generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     draw = torch.randn(weight.shape, generator=generator, device=weight.device)
     full = weight.float()
-    scale = noise**0.5 * full.norm(dim=1, keepdim=True) / draw.norm(dim=1, keepdim=True)
-    return (full + scale * draw).to(weight.dtype)
+    scale = noise**0.5 * torch.linalg.vector_norm(full, dim=1, keepdim=True) / torch.linalg.vector_norm(draw, dim=1, keepdim=True)
+    return torch.addcmul(full, scale, draw).to(weight.dtype)
 
 
 def _site(node: fx.Node) -> LinearSite:
@@ -185,8 +185,8 @@ class _Divergence(_Reference):
     def loss(self, outputs: Sequence[Any]) -> float:
         """KL(p || q) with q proportional to p exp(d) is log E_p[exp(d)] for d of mean zero under p, so no digits cancel for small d."""
         total = 0.0
-        others = _main_output(outputs).flatten(0, -2).split(self.rows_at_once)
-        for log_p, logits in zip(self._log_p.split(self.rows_at_once), others, strict=True):
+        output = _main_output(outputs).flatten(0, -2)
+        for log_p, logits in zip(torch.split(self._log_p, self.rows_at_once), torch.split(output, self.rows_at_once), strict=True):
             p, d = log_p.exp(), logits.float() - log_p
             d -= (p * d).sum(dim=-1, keepdim=True)
             rows = torch.log1p((p * (torch.expm1(d) - d)).sum(dim=-1))

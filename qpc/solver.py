@@ -31,10 +31,18 @@ class Item:
     """Something that takes exactly one choice: a linear, or several that must take the same.
 
     sites: names of the linears. choices: bytes and loss of each, summed over the item's weights.
+
+    Raises `SolverError` if there are no choices, or a loss is not finite.
     """
 
     sites: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise SolverError(f"{', '.join(self.sites)}: no quantizer of the palette supports this linear; exclude it or add one that does")
+        if not all(math.isfinite(choice.cost.distortion) for choice in self.choices):
+            raise SolverError(f"{', '.join(self.sites)}: a loss is not finite; check the sensitivities")
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,8 @@ def solve(items: Sequence[Item], budget_bytes: int, *, relative_gap: float = 1e-
 
     Equal input gives equal output, unless the time limit stops the search; then the best allocation found is returned with its gap.
 
-    Raises `BudgetError` if nothing fits, `SolverError` if an item has no choices, a loss is not finite, or HiGHS fails.
+    Raises `BudgetError` if nothing fits, `SolverError` if HiGHS fails.
     """
-    for item in items:
-        if not item.choices:
-            raise SolverError(f"{', '.join(item.sites)}: no quantizer of the palette supports this linear; exclude it or add one that does")
-        if not all(math.isfinite(choice.cost.distortion) for choice in item.choices):
-            raise SolverError(f"{', '.join(item.sites)}: a loss is not finite")
     smallest = smallest_bytes(items)
     if smallest > budget_bytes:
         raise BudgetError(f"a budget of {budget_bytes} bytes is below the smallest feasible one of {smallest} bytes")

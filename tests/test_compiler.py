@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import qpc
 from qpc.errors import BudgetError, ModelError
 from qpc.kernels.linear import QuantizedLinear
-from qpc.sensitivity import Sensitivities
+from qpc.sensitivity import Loss, Sensitivities
 from tests.families import FAMILIES
 
 TOKENS = torch.arange(40).reshape(2, 20) % 60
@@ -162,6 +162,6 @@ def test_given_sensitivities_decide() -> None:
     rows = qpc.report_of(qpc.compile(model, budget=3, effort="fast")).rows
     favourite = rows[-1].name
     values = {row.name: 1.0 for row in rows} | {favourite: 1e6}
-    chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values=values, method="given", noise=0.0, seed=0, tokens=0))
+    chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values, Loss.KL, noise=0.02, seed=0, tokens=1))
     bits = {row.name: row.bits for row in qpc.report_of(chosen).rows}
     assert bits[favourite] > max(value for name, value in bits.items() if name != favourite)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from qpc.ir.program import Program
+from qpc.ir.values import mutated
 
 
 class Walk:
@@ -24,7 +24,7 @@ class Walk:
         self._dead = _last_uses(self._nodes)
         self._position = 0
         # A copy of the walk shares its tensors with the walk, so a graph that writes into tensors is run from its start every time.
-        self._stays = any(_writes(node) for node in self._nodes)
+        self._stays = bool(mutated(program.graph))
 
     def advance(self, node: fx.Node) -> None:
         """Execute everything before `node`."""
@@ -68,9 +68,3 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         dead[node] = [used for used in dict.fromkeys([*node.all_input_nodes, node]) if used not in needed and used.op != "placeholder"]
         needed.update(node.all_input_nodes)
     return dead
-
-
-def _writes(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qpc.kernels import ops
+from qpc.kernels import ops as _registered  # noqa: F401 - importing it registers torch.ops.qpc
 from qpc.quant.quantizer import TILE, PackedWeight, Quantizer, tiles
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
@@ -17,10 +17,10 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
     parts = [part for part, _ in quantizer.parts(in_features)]
     trellis = [part for part in parts if isinstance(part, TrellisQuantizer)]
     if len(trellis) == len(parts):
-        return ops.TRELLIS_LINEAR, ([part.step_bits for part in trellis], trellis[0].window_bits)
+        return torch.ops.qpc.trellis_linear.default, ([part.step_bits for part in trellis], trellis[0].window_bits)
     scalar = [part for part in parts if isinstance(part, ScalarQuantizer)]
     assert len(scalar) == len(parts), f"the parts of {quantizer} are of several families"
-    return ops.SCALAR_LINEAR, ([part.bits for part in scalar],)
+    return torch.ops.qpc.scalar_linear.default, ([part.bits for part in scalar],)
 
 
 class QuantizedLinear(nn.Module):
@@ -30,6 +30,9 @@ class QuantizedLinear(nn.Module):
     bfloat16 [tile_rows * 16], `signs` uint8 [ceil(in_features / 8)]; `bias` is a parameter, as it was. `block` is the size of the
     Hadamard blocks; 0 means that the weight was not rotated.
     """
+
+    scales: Tensor
+    signs: Tensor
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
         """An empty one, on the meta device; fill it with `load_state_dict(..., assign=True)`."""

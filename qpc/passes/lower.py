@@ -68,18 +68,14 @@ def _lower_group(program: Program, group: FusionGroup, members: list[fx.Node], r
         rows = sum(w.out_features for w in weights)
         bias = _bias(program, label, members, weights)
         y = graph.call_function(target, (x, code_nodes, scale_node, bias, *code, rows))  # type: ignore[arg-type]
-        y.meta = dict(first.meta)
-        y.meta[KEY] = annotation(first)
-        pieces = [y]
+        pieces, start = [y], 0
         if len(members) > 1:
-            start, pieces = 0, []
-            for node, weight in zip(members, weights, strict=True):
-                piece = graph.call_function(torch.ops.aten.slice.Tensor, (y, -1, start, start + weight.out_features))
-                piece.meta = {k: v for k, v in node.meta.items() if k != KEY}
-                pieces.append(piece)
+            pieces = []
+            for weight in weights:
+                pieces.append(graph.call_function(torch.ops.aten.slice.Tensor, (y, -1, start, start + weight.out_features)))
                 start += weight.out_features
-            y.meta.pop("val", None)
     for node, piece in zip(members, pieces, strict=True):
+        piece.meta = dict(node.meta)
         node.replace_all_uses_with(piece)
         graph.erase_node(node)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qpc.ir.annotation import LinearSite, annotate, annotation
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
-from qpc.kernels.select import encoder_for
+from qpc.kernels.encoder import encoder_for
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
 from qpc.quant.rotation import Rotation
@@ -69,9 +69,9 @@ def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:
     """For each site the name of the first site whose signs it must share: by a common input value or a common weight, transitively."""
     links = nx.Graph()
     for node in nodes:
-        site, value = site_of(node), node.args[0]
-        assert isinstance(value, fx.Node)
-        links.add_edge(("site", site.name), ("value", annotation(node).group.input if annotation(node).group else value.name))
+        site, group = site_of(node), annotation(node).group
+        assert group is not None
+        links.add_edge(("site", site.name), ("value", group.input))
         links.add_edge(("site", site.name), ("weight", site.weight))
     owners: dict[str, str] = {}
     order = {site_of(node).name: index for index, node in enumerate(nodes)}

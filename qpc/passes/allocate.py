@@ -1,0 +1,177 @@
+"""Allocate: which quantizer for which linear, and which of the legal groups become one kernel."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networkx as nx  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, fx
+
+from qpc.budget import Budget
+from qpc.cost import Weight, choices
+from qpc.errors import ModelError
+from qpc.ir.annotation import FusionGroup, LinearSite, annotate, annotation
+from qpc.ir.program import Program, Remark
+from qpc.ir.stage import Stage
+from qpc.passes.base import Pass, PassResult
+from qpc.quant.palette import Palette
+from qpc.quant.quantizer import TILE, Quantizer
+from qpc.sensitivity import Sensitivities
+from qpc.solver import Allocation, Item, smallest_bytes, solve
+
+
+@dataclass(frozen=True)
+class Allocate(Pass):
+    """Gives every site the quantizer that keeps the predicted loss of the whole model smallest within the budget.
+
+    The loss of a choice is the sensitivity of the weight times the distortion of the quantizer. A weight that several sites share is
+    stored once and gets one quantizer. Members of a legal group that get the same quantizer become one fused group. The `Allocation`
+    is left in `program.allocation`.
+
+    budget: None is no limit. sensitivities: None takes all linears for equally sensitive. same_quantizer_in_group: give all members of
+    a legal group the same quantizer. may_keep: let a linear stay as it is where the budget allows it, or quantizing would not make it
+    smaller.
+
+    Raises `BudgetError` that names the smallest feasible budget, `ModelError` if there is nothing to allocate or a sensitivity is missing.
+    """
+
+    name: ClassVar[str] = "allocate"
+    requires: ClassVar[Stage] = Stage.GROUPED
+    ensures: ClassVar[Stage] = Stage.ALLOCATED
+
+    budget: Budget | None
+    palette: Palette
+    sensitivities: Sensitivities | None = None
+    same_quantizer_in_group: bool = False
+    may_keep: bool = True
+
+    @staticmethod
+    def uniform(quantizer: Quantizer, sensitivities: Sensitivities | None = None) -> "Allocate":
+        """The same quantizer for every linear: what mixed allocations are compared with."""
+        return Allocate(None, Palette((quantizer,)), sensitivities, may_keep=False)
+
+    def run(self, program: Program) -> PassResult:
+        places = _places(program)
+        if not places:
+            raise ModelError("the model has no linear that may be quantized; check the exclusions")
+        weights = {place.site.weight: self._weight(program, place.site) for place in places}
+        found = self._solve(program, places, weights)
+        remarks = self._kept(places, weights, found)
+        fused = {group: self._fuse(group, found, remarks) for group in dict.fromkeys(place.group for place in places)}
+        for place in places:
+            quantizer, weight = found.choices[place.site.name], weights[place.site.weight]
+            cost = weight.cost(quantizer)
+            known = annotation(place.node).but(
+                group=fused[place.group][place.site.name],
+                quantizer=quantizer,
+                sensitivity=None if self.sensitivities is None else weight.sensitivity,
+                distortion=cost.distortion,
+                weight_bytes=cost.weight_bytes,
+            )
+            annotate(place.node, known)
+        program.allocation = found
+        return PassResult(tuple(name for name, quantizer in found.choices.items() if quantizer is not None), tuple(remarks))
+
+    def _weight(self, program: Program, site: LinearSite) -> Weight:
+        kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
+        if self.sensitivities is None:
+            return Weight(site.shape, kept_bytes=kept_bytes)
+        if site.name not in self.sensitivities.values:
+            raise ModelError(f"the sensitivities have no value for {site.name}; estimate them for this model")
+        return Weight(site.shape, self.sensitivities.values[site.name], kept_bytes)
+
+    def _solve(self, program: Program, places: "Sequence[_Place]", weights: Mapping[str, Weight]) -> Allocation:
+        names: dict[str, dict[str, None]] = {}
+        for place in places:
+            names.setdefault(place.site.weight, {})[place.site.name] = None
+        items = []
+        for cluster in self._clusters(places):
+            table = choices([weights[weight] for weight in cluster], self.palette.quantizers)
+            items.append(Item(tuple(name for weight in cluster for name in names[weight]), table))
+        if self.budget is None:
+            return solve(items, sum(max(choice.cost.weight_bytes for choice in item.choices) for item in items))
+        count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
+        self.budget.check(smallest_bytes(items), count, other)
+        return solve(items, self.budget.weight_bytes(count, other))
+
+    def _clusters(self, places: "Sequence[_Place]") -> list[list[str]]:
+        """Names of the weights that must get the same quantizer, in graph order."""
+        bonds: nx.Graph[str] = nx.Graph()
+        first: dict[FusionGroup, str] = {}
+        for place in places:
+            bonds.add_node(place.site.weight)
+            if self.same_quantizer_in_group:
+                bonds.add_edge(first.setdefault(place.group, place.site.weight), place.site.weight)
+        order = {weight: position for position, weight in enumerate(bonds)}
+        return [sorted(cluster, key=order.__getitem__) for cluster in nx.connected_components(bonds)]
+
+    def _kept(self, places: "Sequence[_Place]", weights: Mapping[str, Weight], found: Allocation) -> list[Remark]:
+        """Why some linears stay as they are."""
+        remarks = []
+        for site in dict.fromkeys(place.site for place in places):
+            if found.choices[site.name] is None:
+                kept = weights[site.weight].cost(None).weight_bytes
+                smaller = any(choice.cost.weight_bytes < kept for choice in choices([weights[site.weight]], self.palette.quantizers))
+                reason = "the budget has room for it as it is" if smaller else f"no quantizer makes it smaller than its {kept} bytes"
+                remarks.append(self.declined(site.name, reason))
+        return remarks
+
+    def _fuse(self, group: FusionGroup, found: Allocation, remarks: list[Remark]) -> dict[str, FusionGroup]:
+        """The chosen group of each member: members with the same quantizer go together."""
+        alike: dict[Quantizer | None, list[str]] = {}
+        for member in group.members:
+            alike.setdefault(found.choices[member], []).append(member)
+        if len(alike) > 1:
+            parts = (f"{', '.join(map(_leaf, members))} got {quantizer or 'no quantizer'}" for quantizer, members in alike.items())
+            remarks.append(self.declined(", ".join(group.members), "split: " + ", ".join(parts)))
+        rows = {member: shape.out_features for member, shape in zip(group.members, group.shapes, strict=True)}
+        chosen = {member: group.subset((member,)) for member in group.members}
+        for quantizer, members in alike.items():
+            if quantizer is None:
+                continue
+            fused = [member for member in members if member == members[-1] or rows[member] % TILE == 0]
+            chosen |= dict.fromkeys(fused, group.subset(fused))
+            for member in members:
+                if member not in fused:
+                    reason = f"out_features={rows[member]} must be divisible by {TILE} unless it is the last of its group"
+                    remarks.append(self.declined(member, reason))
+        return chosen
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in a checkpoint."""
+    return tensor.numel() * tensor.element_size()
+
+
+def other_bytes(program: Program, weights: Iterable[str]) -> int:
+    """Bytes of all tensors of the model but these, tied ones once: what quantizing `weights` does not change."""
+
+    def identity(tensor: Tensor) -> tuple[int, int, torch.Size]:
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape
+
+    replaced = {identity(program.tensor(name)) for name in weights}
+    others = {identity(value): stored_bytes(value) for value in program.module.state_dict(keep_vars=True).values()}
+    return sum(size for key, size in others.items() if key not in replaced)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A linear node, its site, and the largest legal group of the site."""
+
+    node: fx.Node
+    site: LinearSite
+    group: FusionGroup
+
+
+def _places(program: Program) -> list[_Place]:
+    found = []
+    for node in program.linears():
+        known = annotation(node)
+        assert known.site is not None and known.group is not None, "the verifier has seen to it"
+        found.append(_Place(node, known.site, known.group))
+    return found
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,162 @@
+"""Sensitivities: against a plain perturbed copy of the model, against a case with a known answer, and what must be refused."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from qpc.capture import capture
+from qpc.errors import ModelError
+from qpc.ir.annotation import annotation
+from qpc.ir.program import Program
+from qpc.ir.random_inputs import random_inputs
+from qpc.passes.canonicalize import Canonicalize
+from qpc.sensitivity import Loss, Sensitivities, check_finite, estimate, perturbed
+from tests.families import FAMILIES, VOCABULARY
+
+
+def canonical(model: nn.Module, *inputs: torch.Tensor) -> Program:
+    """The model, captured and with its linears found."""
+    program = capture(model, example_inputs=inputs or None)
+    program.remarks += Canonicalize().run(program).remarks
+    program.stage = Canonicalize.ensures
+    return program
+
+
+@cache
+def family(name: str) -> Program:
+    """A tiny causal language model."""
+    return canonical(FAMILIES[name]())
+
+
+class Chain(nn.Module):
+    """A product of square matrices; the second is applied twice."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.shared, self.last = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes [batch, width] to [batch, width]."""
+        return self.last(self.shared(self.shared(self.first(x))))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_equals_the_divergence_of_a_perturbed_copy(name: str) -> None:
+    program = family(name)
+    found = estimate(program, batch=2, length=16, seed=3)
+    assert found.loss is Loss.KL
+    assert found.tokens == 32
+    (tokens,) = random_inputs(program, batch=2, length=16, seed=3)
+    with torch.no_grad():
+        log_p = program.module(input_ids=tokens).logits.double().log_softmax(-1)
+        for node in program.linears():
+            site = annotation(node).site
+            assert site is not None
+            other = copy.deepcopy(program.module)
+            weight = other.get_parameter(site.weight)
+            weight.copy_(perturbed(weight.t(), 0.02, 3, site.weight).t() if site.transposed else perturbed(weight, 0.02, 3, site.weight))
+            log_q = other(input_ids=tokens).logits.double().log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            assert found.values[site.name] * 0.02 == pytest.approx(float(divergence), rel=2e-3, abs=1e-9), site.name
+
+
+def test_the_relative_error_of_a_chain_of_matrices_is_the_injected_one() -> None:
+    program = canonical(Chain(), torch.zeros(2, 96))
+    found = estimate(program, batch=512, noise=1e-3)
+    assert found.loss is Loss.RELATIVE_ERROR
+    assert found.values["first"] == pytest.approx(1, rel=0.1)
+    assert found.values["last"] == pytest.approx(1, rel=0.1)
+    assert 1.5 < found.values["shared"] < 4.5, "both uses of the shared weight are perturbed, by the same matrix"
+
+
+def test_equals_itself_and_leaves_the_model_alone() -> None:
+    program = family("llama")
+    before = {name: value.clone() for name, value in program.module.state_dict().items()}
+    assert estimate(program, length=16) == estimate(program, length=16)
+    assert estimate(program, length=16) != estimate(program, length=16, seed=1)
+    assert all(torch.equal(value, before[name]) for name, value in program.module.state_dict().items())
+
+
+def test_is_linear_in_small_noise() -> None:
+    coarse, fine = (estimate(family("llama"), length=32, noise=noise).values for noise in (4e-3, 1e-3))
+    assert all(coarse[name] == pytest.approx(fine[name], rel=0.2) for name in fine)
+
+
+def test_every_site_has_a_value_and_progress_ends() -> None:
+    seen: list[tuple[str, int, int]] = []
+    program = family("llama")
+    found = estimate(program, length=8, progress=lambda *event: seen.append(event))
+    names = [site.name for node in program.linears() if (site := annotation(node).site) is not None]
+    assert list(found.values) == names
+    assert all(value > 0 for value in found.values.values())
+    assert seen[-1][1] == seen[-1][2] == len(names)
+
+
+def test_given_tokens_are_used() -> None:
+    tokens = random_inputs(family("llama"), batch=2, length=8, seed=5)
+    given, drawn = estimate(family("llama"), inputs=tokens, seed=5), estimate(family("llama"), batch=2, length=8, seed=5)
+    assert given == drawn
+
+
+def test_tokens_cover_the_vocabulary_and_respect_the_longest_length() -> None:
+    (tokens,) = random_inputs(family("gpt2"), batch=16, length=4096, seed=0)
+    assert tokens.shape == (16, 128)
+    assert set(tokens.unique().tolist()) == set(range(VOCABULARY))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
+def test_noise_has_the_given_size_in_each_row(noise: float) -> None:
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.0], [1e-3], [1.0], [1e3], [2.0]])
+    error = (perturbed(weight, noise, 0, "w") - weight).square().sum(dim=1)
+    torch.testing.assert_close(error, noise * weight.square().sum(dim=1), rtol=1e-3, atol=0.0)
+    assert noise == 0 or not torch.equal(perturbed(weight, noise, 0, "w"), perturbed(weight, noise, 0, "v"))
+
+
+def test_json_round_trip() -> None:
+    found = estimate(family("llama"), length=8)
+    assert Sensitivities.from_json(found.to_json()) == found
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        found.to_json().replace('"kl"', '"likelihood"'),
+        found.to_json().replace('"noise"', '"nose"'),
+    ):
+        with pytest.raises(ModelError, match="sensitivities"):
+            Sensitivities.from_json(text)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    program = copy.copy(family("llama"))
+    check_finite(program)
+    program.module = copy.deepcopy(program.module)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        program.module.get_parameter(name)[3, 7] = bad
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 values .*\[3, 7\]"):
+        check_finite(program)
+    with pytest.raises(ModelError, match="not finite"):
+        estimate(program, length=8)
+
+
+def test_an_output_that_overflows_names_the_linear() -> None:
+    model = Chain(32)
+    with torch.no_grad():
+        model.shared.weight.copy_(torch.eye(32) * 1.8e19)
+        model.first.weight.copy_(torch.eye(32))
+        model.last.weight.copy_(torch.eye(32))
+    program = canonical(model, torch.zeros(2, 32))
+    with pytest.raises(ModelError, match=r"first.*not finite"):
+        estimate(program, inputs=[torch.full((2, 32), 1.0)], noise=4.0)
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    program = canonical(nn.Sequential(nn.LayerNorm(8)), torch.zeros(2, 8))
+    with pytest.raises(ModelError, match="no linear"):
+        estimate(program)
