@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qpc.kernels import ops
 from qpc.kernels.viterbi import encode_rings
 from tests.kernels.cases import FULL, SMALL, cases
-from tests.kernels.packed import packed
+from tests.kernels.packed import Packed, packed
 
 SHAPES = ((4096, 4096), (28672, 4096))
 CACHE_BYTES = 256 << 20
@@ -76,29 +77,29 @@ def rows(batches: tuple[int, ...]) -> Iterator[dict[str, object]]:
         for batch in batches:
             x = torch.randn(batch, in_features, device="cuda", dtype=torch.bfloat16)
             what = {"shape": f"{out_features}x{in_features}", "batch": batch}
-            baseline = microseconds([lambda w=w, x=x: functional.linear(x, w) for w in dense] * 4)  # type: ignore[misc]
+            baseline = microseconds([partial(functional.linear, x, w) for w in dense] * 4)
             yield {**what, "method": "bf16 linear", **baseline}
             for family, bits in (("trellis", 4), ("trellis", 6), ("trellis", 8), ("scalar", 3)):
                 rate = bits / 2 if family == "trellis" else bits
                 copies = max(2, int(-(-CACHE_BYTES // (dense_bytes * rate / 16))))
                 weights = [packed(family, out_features, in_features, [bits], device="cuda") for _ in range(copies)]
-                calls = [lambda w=w, x=x: multiply(w, x) for w in weights]  # type: ignore[misc]
-                measured = microseconds(calls)
+                measured = microseconds([partial(multiply, w, x) for w in weights])
                 yield {**what, "method": family, "bits": rate, **measured, "speedup": round(baseline["p50_us"] / measured["p50_us"], 2)}
-        signs = torch.randint(0, 256, (in_features // 8,), device="cuda", dtype=torch.uint8)
-        x = torch.randn(1, in_features, device="cuda", dtype=torch.bfloat16)
-        yield {
-            "features": in_features,
-            "batch": 1,
-            "method": "rotate",
-            **microseconds([lambda x=x, s=signs: ops.rotate(x, s, in_features)] * 64),
-        }  # type: ignore[misc]
 
 
-def multiply(weight: object, x: Tensor) -> Tensor:
+def rotation_rows() -> Iterator[dict[str, object]]:
+    """Times of the rotation of one row."""
+    for features in (4096, 14336):
+        signs = torch.randint(0, 256, (features // 8,), device="cuda", dtype=torch.uint8)
+        x = torch.randn(1, features, device="cuda", dtype=torch.bfloat16)
+        call = partial(ops.rotate, x, signs, features)
+        yield {"features": features, "batch": 1, "method": "rotate", **microseconds([call] * 64)}
+
+
+def multiply(weight: Packed, x: Tensor) -> Tensor:
     """Run the operator of the weight's family."""
-    operator = ops.trellis_linear if weight.family == "trellis" else ops.scalar_linear  # type: ignore[attr-defined]
-    return operator(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)  # type: ignore[attr-defined]
+    operator = ops.trellis_linear if weight.family == "trellis" else ops.scalar_linear
+    return operator(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)
 
 
 def encoder_rows(rings: int) -> Iterator[dict[str, object]]:
@@ -116,6 +117,7 @@ def encoder_rows(rings: int) -> Iterator[dict[str, object]]:
 
 
 def main() -> int:
+    """Check, then time."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="few comparisons, then the times")
     arguments.add_argument("--skip-checks", action="store_true", help="only the times")
@@ -130,7 +132,7 @@ def main() -> int:
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}), flush=True)
     if not options.skip_checks and not check(options.quick):
         return 1
-    for row in chain(rows(tuple(options.batches)), encoder_rows(options.rings)):
+    for row in chain(rows(tuple(options.batches)), rotation_rows(), encoder_rows(options.rings)):
         print(json.dumps(row), flush=True)
     return 0
 

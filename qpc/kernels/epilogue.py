@@ -1,5 +1,5 @@
 """The end of every multiplication: scales, bias, and the sum over programs that shared the input axis."""
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton  # type: ignore[import-untyped]

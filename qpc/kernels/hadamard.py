@@ -2,7 +2,7 @@
 
 A program makes `MEMBERS` output rows of the base factor of one block, each of `POWER` values, so that large blocks spread over the GPU.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import math
 from functools import cache

@@ -1,10 +1,10 @@
 """Multiplication by a scalar-quantized weight on a GPU: decoding and multiplying in one kernel.
 
 Up to `VECTOR_BATCHES` rows of the activation, a lane owns 32 consecutive weights: 2 rows of a 16 x 16 tile, which fill whole words.
-Larger batches decode a block of weights and use the tensor cores. Levels are looked up in a small table, which stays in the first-level cache.
+Larger batches decode a block of weights and use the tensor cores. Levels, exact in float16, come from a small table in the cache.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
 from functools import cache
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpc.kernels.computed_code import window_from, window_in_arc
+from qpc.kernels.dot import dot_precision, exact_dot
 from qpc.kernels.epilogue import finish, sum_splits
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, VECTOR_BATCHES, check_parts, choose_launch
 from qpc.quant.quantizer import TILE
@@ -99,7 +100,7 @@ def _decode_block(codes, levels, tile_row, columns, start, last, BITS: tl.conste
 @triton.jit
 def _add_block_products(
     acc, codes, levels, x, tile_row, columns, first, last, first_feature, features, batch, x_stride,
-    BITS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     item = tl.arange(0, 16)[None, :]
     for start in range(first, last, COLUMNS):
@@ -108,7 +109,7 @@ def _add_block_products(
         feature = first_feature + start * 16 + inner
         mask = (item < batch) & (start + inner // 16 < last) & (feature < features)
         values = tl.load(x + item * x_stride + feature, mask=mask, other=0.0)
-        acc = tl.dot(weights, values.to(tl.float32), acc, input_precision=PRECISION)
+        acc = exact_dot(weights, values, acc, DOT)
     return acc
 
 
@@ -116,17 +117,17 @@ def _add_block_products(
 def _matrix_kernel(
     x, codes_0, codes_1, levels_0, levels_1, scales, bias, out,
     columns_0, columns_1, chunk_0, chunk_1, features, out_features, batch, x_stride,
-    BITS_0: tl.constexpr, BITS_1: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    BITS_0: tl.constexpr, BITS_1: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     tile_row, split = tl.program_id(0), tl.program_id(1)
     total = _add_block_products(
         tl.zeros((16, 16), tl.float32), codes_0, levels_0, x, tile_row, columns_0, split * chunk_0,
-        tl.minimum((split + 1) * chunk_0, columns_0), 0, features, batch, x_stride, BITS_0, PRECISION, COLUMNS,
+        tl.minimum((split + 1) * chunk_0, columns_0), 0, features, batch, x_stride, BITS_0, DOT, COLUMNS,
     )  # fmt: skip
     if BITS_1 > 0:
         total = _add_block_products(
             total, codes_1, levels_1, x, tile_row, columns_1, split * chunk_1,
-            tl.minimum((split + 1) * chunk_1, columns_1), columns_0 * 16, features, batch, x_stride, BITS_1, PRECISION, COLUMNS,
+            tl.minimum((split + 1) * chunk_1, columns_1), columns_0 * 16, features, batch, x_stride, BITS_1, DOT, COLUMNS,
         )  # fmt: skip
     rows = (tile_row * 16 + tl.arange(0, 16))[:, None] + tl.zeros((16, 16), tl.int32)
     mask = rows < out_features
@@ -206,6 +207,5 @@ def _small_batch(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | 
     if vector:
         _vector_kernel[grid](*arguments, x.stride(0), BATCH=batch, LANES=32 * launch.warps, **constants)
     else:
-        # Levels are not integers: TF32 would round them, so that the product of three parts is taken.
-        _matrix_kernel[grid](*arguments, batch, x.stride(0), PRECISION="tf32x3", COLUMNS=4, **constants)
+        _matrix_kernel[grid](*arguments, batch, x.stride(0), DOT=dot_precision(x.dtype), COLUMNS=4, **constants)
     return sum_splits(out, scales, bias, x.dtype) if split else out

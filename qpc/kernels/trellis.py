@@ -5,7 +5,7 @@ An arc starts at a word, so that every shift is a constant, and no weight moves 
 and use the tensor cores; the code values are small integers, exact in float16 and in TF32, so that only the activation rounds.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpc.kernels.computed_code import decode_window, window_from, window_in_arc
+from qpc.kernels.dot import dot_precision, exact_dot
 from qpc.kernels.epilogue import finish, sum_splits
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, VECTOR_BATCHES, check_parts, choose_launch
 from qpc.quant.quantizer import TILE
@@ -109,19 +110,6 @@ def _decode_block(
 
 
 @triton.jit
-def _dot(weights, x, acc, DOT: tl.constexpr):
-    """`weights @ x + acc` with nothing lost of integer weights under 2^11."""
-    if DOT == "float16":
-        return tl.dot(weights.to(tl.float16), x, acc)
-    wide = x.to(tl.float32)
-    if DOT == "tf32":
-        return tl.dot(weights.to(tl.float32), wide, acc, input_precision="tf32")
-    high = (wide.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the part that TF32 holds, and the rest
-    acc = tl.dot(weights.to(tl.float32), high, acc, input_precision="tf32")
-    return tl.dot(weights.to(tl.float32), wide - high, acc, input_precision="tf32")
-
-
-@triton.jit
 def _add_block_products(
     total, codes, x, tile_row, columns, first, last, first_feature, features, batch, x_stride,
     STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr,
@@ -134,8 +122,8 @@ def _add_block_products(
         feature = first_feature + start * 16 + 2 * pair
         here = (item < batch) & (start + pair // 8 < last)
         at = x + item * x_stride + feature
-        acc = _dot(even, tl.load(at, mask=here & (feature < features), other=0.0), acc, DOT)
-        acc = _dot(odd, tl.load(at + 1, mask=here & (feature + 1 < features), other=0.0), acc, DOT)
+        acc = exact_dot(even, tl.load(at, mask=here & (feature < features), other=0.0), acc, DOT)
+        acc = exact_dot(odd, tl.load(at + 1, mask=here & (feature + 1 < features), other=0.0), acc, DOT)
     return total + acc * UNIT
 
 
@@ -238,6 +226,7 @@ def _small_batch(
             *arguments, *widths, *chunks, features, out_features, x.stride(0), BATCH=batch, LANES=32 * launch.warps, **constants
         )
     else:
-        dot = {torch.float16: "float16", torch.bfloat16: "tf32", torch.float32: "tf32x2"}[x.dtype]
-        _matrix_kernel[grid](*arguments, *widths, *chunks, features, out_features, batch, x.stride(0), DOT=dot, COLUMNS=4, **constants)
+        _matrix_kernel[grid](
+            *arguments, *widths, *chunks, features, out_features, batch, x.stride(0), DOT=dot_precision(x.dtype), COLUMNS=4, **constants
+        )
     return sum_splits(out, scales, bias, x.dtype) if split else out

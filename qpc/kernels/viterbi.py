@@ -4,11 +4,11 @@ With u a suffix of L - k bits and x the values of a step, the only array carried
 
     m[u] = min over r of  m_before[s mod 2^(L-k)] + |c(s)|^2 - 2 c(s) . x,   s = u 2^k + r,   plus |x|^2,
 
-A program searches `RINGS` rings, which share the code points; it loads a block of `m_before` once and meets it with every code that follows it.
-All steps of `m` stay in memory, so that the traceback searches the 2^k branches of one state again instead of reading back-pointers. Rings
-are searched in chunks that bound this memory.
+A program searches `RINGS` rings, which share the code points; it loads a block of `m_before` once and meets it with every code that follows
+it. All steps of `m` stay in memory, so that the traceback searches the 2^k branches of one state again instead of reading back-pointers.
+Rings are searched in chunks that bound this memory.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qpc.errors import KernelError
 from qpc.kernels.computed_code import decode_window
+from qpc.quant.bitstring import pack
 
 FAR = tl.constexpr(1e30)
 """Cost of a state that the walk may not pass."""
@@ -136,19 +137,20 @@ def _trace_kernel(
 def encode_rings(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
     """Bits of the rings closest to `values` in squared error: int32 [rings, steps * step_bits / 32], in the bit order of `trellis`.
 
-    values: float32 [rings, steps, 2] on a GPU, in units of the integer code. Equal to `qpc.quant.viterbi.encode_rings` except where two walks
-    differ by less than float32 can tell. Raises `KernelError` for shapes that make no ring.
+    values: float32 [rings, steps, 2] on a GPU, in units of the integer code; steps divisible by 32. Equal to what
+    `qpc.quant.viterbi.encode_rings` finds, except where two walks differ by less than float32 can tell. Raises `KernelError`.
     """
     if values.ndim != 3 or values.shape[2] != 2 or values.dtype != torch.float32:
         raise KernelError(f"rings are {values.dtype} {tuple(values.shape)}, required float32 [rings, steps, 2]")
     rings, steps, _ = values.shape
-    if steps * step_bits % 32 or not step_bits <= window_bits <= steps * step_bits:
-        raise KernelError(f"{steps=} with {step_bits=} make no ring for {window_bits=}; required whole words, not shorter than a window")
+    if steps % 32 or not step_bits <= window_bits <= steps * step_bits:
+        raise KernelError(f"{steps=} of {step_bits=} make no ring for {window_bits=}; required a multiple of 32, not shorter than a window")
     values = values.contiguous()
     symbols = torch.empty((rings, steps), dtype=torch.int32, device=values.device)
-    for start in range(0, rings, chunk := ring_chunk(steps, step_bits, window_bits, values.device)):
+    chunk = ring_chunk(steps, step_bits, window_bits, values.device)
+    for start in range(0, rings, chunk):
         _search(values[start : start + chunk], symbols[start : start + chunk], step_bits, window_bits)
-    return pack_symbols(symbols, step_bits)
+    return pack(symbols, step_bits)
 
 
 def ring_chunk(steps: int, step_bits: int, window_bits: int, device: torch.device) -> int:
@@ -166,13 +168,6 @@ def walk_shape(step_bits: int, window_bits: int) -> dict[str, int]:
 def walk_warps(step_bits: int, window_bits: int) -> int:
     """Warps of one program: about 8 states for each lane."""
     return max(1, min(8, (walk_shape(step_bits, window_bits)["GROUP"] << step_bits) // 256))
-
-
-def pack_symbols(symbols: Tensor, step_bits: int) -> Tensor:
-    """The bit string of each ring, from the low `step_bits` bits of its windows: int32 [rings, steps] -> [rings, steps * step_bits / 32]."""
-    bits = (symbols[..., None] >> torch.arange(step_bits, device=symbols.device)) & 1
-    words = bits.reshape(len(symbols), -1, 32) << torch.arange(32, device=symbols.device)
-    return words.sum(dim=-1, dtype=torch.int64).to(torch.int32)
 
 
 def _search(values: Tensor, symbols: Tensor, step_bits: int, window_bits: int) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from qpc.kernels import hadamard, launch, reference, scalar, trellis, viterbi
+from qpc.quant.bitstring import pack
 from qpc.quant.rotation import Rotation
 from tests.kernels import ring_oracle
 from tests.kernels.packed import Packed, packed, poisoned
@@ -38,7 +39,7 @@ SMALL = Sizes(
     batches=(2, 3, 17),
     dtypes=(torch.float32,),
     rotations=((7, 1), (48, 12), (80, 40), (64, 64), (512, 256)),
-    rings=((5, 8, 4, 6), (1, 4, 8, 8), (2, 16, 2, 6)),
+    rings=((5, 32, 4, 6), (1, 32, 8, 8), (2, 32, 2, 6)),
 )
 
 FULL = Sizes(
@@ -80,6 +81,7 @@ def cases(sizes: Sizes) -> Iterator[tuple[str, Check]]:
     for rings, steps, step_bits, window_bits in sizes.rings:
         name = f"encode {rings} rings of {steps} steps of {step_bits} bits, window {window_bits}"
         yield name, partial(_check_encoder, rings, steps, step_bits, window_bits)
+    yield "encode in several groups of states", _check_groups
     yield "splits of the input axis", _check_splits
     yield "rows of a larger weight", _check_row_range
     yield "strided activation", _check_strided
@@ -122,9 +124,18 @@ def _check_encoder(rings: int, steps: int, step_bits: int, window_bits: int, dev
     values = 148 * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
     words = viterbi.encode_rings(values.to(device), step_bits, window_bits).cpu()
     assert words.dtype == torch.int32 and words.shape == (rings, steps * step_bits // 32)
-    best = viterbi.pack_symbols(ring_oracle.search(values, step_bits, window_bits).int(), step_bits)
+    best = pack(ring_oracle.search(values, step_bits, window_bits), step_bits)
     actual, expected = (ring_oracle.squared_error(values, each, step_bits, window_bits) for each in (words, best))
     assert ((actual / expected - 1).abs() <= ENCODER).all(), f"squared errors {actual.tolist()}, of the oracle {expected.tolist()}"
+
+
+def _check_groups(device: str) -> None:
+    states = viterbi.STATES
+    try:
+        viterbi.STATES = 8
+        _check_encoder(2, 32, 2, 7, device)
+    finally:
+        viterbi.STATES = states
 
 
 def _check_splits(device: str) -> None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from qpc.quant.bitstring import ring_windows
 from qpc.quant.codebook import codebook, decode_windows
-from qpc.quant.trellis import ring_windows
 
 FAR = 1e30
 
