@@ -77,7 +77,9 @@ def qpalette(
     if program.tensors:
         _lower(program, parsed.options)
         _name_sources(graph_module)
-    compile_inner = torch._TorchCompileInductorWrapper(mode, None, None) if parsed.inner == "inductor" else lookup_backend(parsed.inner)
+    compile_inner = lookup_backend(parsed.inner)
+    if parsed.inner == "inductor":
+        compile_inner = torch._TorchCompileInductorWrapper(mode, None, None)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         compiled = compile_inner(program.graph_module, list(example_inputs))
 

@@ -64,7 +64,9 @@ def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rot
             x = rotations[key]
         code_nodes = [_constant(program, f"{label}_codes{index}", part) for index, part in enumerate(codes)]
         scale_node = _constant(program, f"{label}_scales", scales)
-        bias = first.args[2] if len(nodes) == 1 and len(first.args) > 2 else _stacked_bias(program, label, [sites[n] for n in group.members])
+        bias = (
+            first.args[2] if len(nodes) == 1 and len(first.args) > 2 else _stacked_bias(program, label, [sites[n] for n in group.members])
+        )
         target, code = operator(quantizer, weights[0].in_features)
         rows = sum(weight.out_features for weight in weights)
         y = graph.call_function(target, (x, code_nodes, scale_node, bias, *code, rows))  # type: ignore[arg-type]
