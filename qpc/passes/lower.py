@@ -21,7 +21,7 @@ from qpc.quant.quantizer import TILE
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Packed tensors become buffers of the graph module; placeholders that nothing reads any more stay, for callers that still pass them."""
+    """Packed tensors become buffers of the graph module; placeholders that nothing reads stay, for callers that still pass them."""
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[Stage] = Stage.QUANTIZED
@@ -64,9 +64,10 @@ def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rot
             x = rotations[key]
         code_nodes = [_constant(program, f"{label}_codes{index}", part) for index, part in enumerate(codes)]
         scale_node = _constant(program, f"{label}_scales", scales)
-        bias = (
-            first.args[2] if len(nodes) == 1 and len(first.args) > 2 else _stacked_bias(program, label, [sites[n] for n in group.members])
-        )
+        if len(nodes) == 1:
+            bias = first.args[2] if len(first.args) > 2 else None
+        else:
+            bias = _stacked_bias(program, label, [sites[name] for name in group.members])
         target, code = operator(quantizer, weights[0].in_features)
         rows = sum(weight.out_features for weight in weights)
         y = graph.call_function(target, (x, code_nodes, scale_node, bias, *code, rows))  # type: ignore[arg-type]
