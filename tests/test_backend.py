@@ -83,7 +83,11 @@ def test_graph_without_linears() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "needs a budget"), ({"budget": 3, "bits": 4}, "'bits'.*known: budget"), ({"budget": 3, "inner": "nonsense"}, "unknown inner backend")],
+    [
+        ({}, "needs a budget"),
+        ({"budget": 3, "bits": 4}, "'bits'.*known: budget"),
+        ({"budget": 3, "inner": "nonsense"}, "unknown inner backend"),
+    ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):

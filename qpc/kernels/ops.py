@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qpc.errors import KernelError
 from qpc.kernels import cpu
-from qpc.kernels.select import Implementation, supports
+from qpc.kernels.select import Implementation, supports, supports_rotation
 from qpc.quant.quantizer import TILE, UniformQuantizer, tiles
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
@@ -50,7 +50,7 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     check_rotation(x, signs, block)
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    if supports(x.device, x.dtype).require() is Implementation.TRITON:
+    if supports_rotation(block, x.device, x.dtype).require() is Implementation.TRITON:
         from qpc.kernels.hadamard import rotate as triton_rotate
 
         return triton_rotate(x, signs, block)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from qpc.errors import KernelError
+from qpc.quant.hadamard import factors
 
 
 class Implementation(Enum):
@@ -15,6 +16,7 @@ class Implementation(Enum):
 
     CPU = "cpu"
     TRITON = "triton"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Support:
         return self.implementation
 
 
+MAX_ROTATION_POWER = 1 << 15
+"""Largest power-of-two factor of a rotation block that one Triton program holds in registers."""
+
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 """Oldest CUDA compute capability that the Triton kernels are compiled and tested for."""
@@ -38,7 +43,7 @@ MIN_CAPABILITY = (8, 0)
 
 @cache
 def supports(device: torch.device, dtype: torch.dtype) -> Support:
-    """The implementation for activations of this dtype on this device; every shape and quantizer is covered by each of them."""
+    """The implementation of the linear operators for activations of this dtype on this device; each covers every shape and quantizer."""
     if device.type == "cpu":
         return Support(Implementation.CPU, "dequantized weights are kept in memory on a CPU")
     if device.type != "cuda" or torch.version.hip is not None:
@@ -51,3 +56,14 @@ def supports(device: torch.device, dtype: torch.dtype) -> Support:
     if capability < MIN_CAPABILITY:
         return Support(None, f"{capability=} of {device} must be at least {MIN_CAPABILITY} (Ampere): use the CPU")
     return Support(Implementation.TRITON, "Triton kernels")
+
+
+@cache
+def supports_rotation(block: int, device: torch.device, dtype: torch.dtype) -> Support:
+    """The implementation of the rotation for blocks of this size."""
+    found = supports(device, dtype)
+    _, power = factors(block)
+    if found.implementation is Implementation.TRITON and power > MAX_ROTATION_POWER:
+        reason = f"matrix products of PyTorch: {block=} has a power-of-two factor {power}, the Triton kernel takes {MAX_ROTATION_POWER}"
+        return Support(Implementation.TORCH, reason)
+    return found

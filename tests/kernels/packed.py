@@ -1,0 +1,61 @@
+"""Random packed weights: every string of bits is the code of some weight."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpc.kernels import ops
+from qpc.quant.quantizer import TILE, UniformQuantizer, tiles
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A random weight of one family. bits: of a step (trellis) or of a weight (scalar), for each part."""
+
+    family: str
+    out_features: int
+    in_features: int
+    bits: list[int]
+    codes: list[Tensor]
+    scales: Tensor
+    window_bits: int = 16
+
+    @property
+    def quantizers(self) -> list[UniformQuantizer]:
+        return ops.trellis_parts(self.bits, self.window_bits) if self.family == "trellis" else ops.scalar_parts(self.bits)
+
+    @property
+    def format(self) -> tuple[list[int], int] | tuple[list[int]]:
+        """The arguments of the operators that tell the format."""
+        return (self.bits, self.window_bits) if self.family == "trellis" else (self.bits,)
+
+
+def packed(
+    family: str, out_features: int, in_features: int, bits: list[int], window_bits: int = 16, device: str = "cpu", seed: int = 0
+) -> Packed:
+    """A random weight; its tile columns are shared out evenly to the parts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = tiles(out_features), tiles(in_features)
+    widths = [columns * (i + 1) // len(bits) - columns * i // len(bits) for i in range(len(bits))]
+    words = [4 * each if family == "trellis" else 8 * each for each in bits]
+    codes = [
+        torch.randint(-(2**31), 2**31, (rows, width, count), generator=generator, dtype=torch.int32).to(device)
+        for width, count in zip(widths, words, strict=True)
+    ]
+    scales = (0.5 + torch.rand(rows * TILE, generator=generator)).bfloat16().to(device)
+    return Packed(family, out_features, in_features, bits, codes, scales, window_bits)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every uninitialized tensor with NaN, so that an element that a kernel forgets is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

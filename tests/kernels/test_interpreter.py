@@ -1,0 +1,16 @@
+"""The Triton kernels against their oracles in Triton's interpreter, in a process of its own, since the mode is fixed at import."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_kernels_match_oracles() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.interpreted"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failed" in done.stdout
