@@ -8,7 +8,10 @@ import json
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -25,6 +28,9 @@ from qpc.progress import Progress, silent, track
 
 FORMAT = 1
 """Version of the JSON form of `Sensitivities`."""
+
+MOST_WORKERS = 8
+"""Walks that run at once on a CPU; each needs memory for the outputs of the model."""
 
 
 class Loss(StrEnum):
@@ -111,23 +117,79 @@ def estimate(
     parts = _rounds(given, rounds)
     totals = dict.fromkeys((_site(nodes[0]).weight for nodes in groups), 0.0)
     positions = 0
-    work = [(number, part, nodes) for number, part in enumerate(parts) for nodes in groups]
-    with torch.no_grad():
-        for number, part, nodes in track(work, "sensitivities", len(work), progress):
-            site = _site(nodes[0])
-            if nodes is groups[0]:
-                walk = Walk(program, part)
-                reference = _reference(program, walk.finish({}))
-                positions += reference.positions
-            walk.advance(nodes[0])
-            stored = program.tensor(site.weight)
-            noisy = perturbed(stored.t() if site.transposed else stored, noise, (seed, number, site.weight))
-            loss = reference.loss(walk.finish(dict.fromkeys(nodes, noisy)))
+    trials = (trial for number, part in enumerate(parts) for trial in _trials(program, part, groups, noise, (seed, number)))
+    with _workers(program) as (pool, count):
+        for trial, loss in track(_in_order(pool, count, trials), "sensitivities", len(parts) * len(groups), progress):
             if not math.isfinite(loss):
-                raise ModelError(f"{site.name}: the output is not finite when its weight has a relative squared error of {noise}")
-            totals[site.weight] += loss * reference.positions
+                raise ModelError(f"{trial.site.name}: the output is not finite when its weight has a relative squared error of {noise}")
+            totals[trial.site.weight] += loss * trial.reference.positions
+            positions += trial.reference.positions if trial.nodes is groups[0] else 0
     values = {_site(node).name: totals[_site(node).weight] / (positions * noise) for node in program.linears()}
-    return Sensitivities(values, reference.kind, noise, seed, positions)
+    return Sensitivities(values, trial.reference.kind, noise, seed, positions)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A walk that stands before the first linear of one weight, and what it takes to finish it with noise in that weight."""
+
+    walk: Walk
+    nodes: list[fx.Node]
+    weight: Tensor
+    noise: float
+    key: tuple[object, ...]
+    reference: "_Reference"
+
+    @property
+    def site(self) -> LinearSite:
+        return _site(self.nodes[0])
+
+    def run(self) -> float:
+        """The loss; NaN or infinity if the output is not finite."""
+        with torch.no_grad():
+            noisy = perturbed(self.weight, self.noise, (*self.key, self.site.weight))
+            return self.reference.loss(self.walk.finish(dict.fromkeys(self.nodes, noisy)))
+
+
+def _trials(
+    program: Program, inputs: tuple[Tensor, ...], groups: list[list[fx.Node]], noise: float, key: tuple[object, ...]
+) -> Iterator[_Trial]:
+    """One trial for each weight, on one part of the inputs."""
+    walk = Walk(program, inputs)
+    with torch.no_grad():
+        reference = _reference(program, walk.finish({}))
+    for nodes in groups:
+        with torch.no_grad():
+            walk.advance(nodes[0])
+        site = _site(nodes[0])
+        stored = program.tensor(site.weight).detach()
+        yield _Trial(walk.fork(), nodes, stored.t() if site.transposed else stored, noise, key, reference)
+
+
+@contextmanager
+def _workers(program: Program) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """A pool, and the number of its threads: those of PyTorch shared out on a CPU (small products gain little from many), one elsewhere."""
+    threads = torch.get_num_threads()
+    on_cpu = all(value.device.type == "cpu" for value in program.module.parameters())
+    count = min(threads, MOST_WORKERS) if on_cpu else 1
+    torch.set_num_threads(threads // count)
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool, count
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _in_order(pool: ThreadPoolExecutor, ahead: int, trials: Iterable[_Trial]) -> Iterator[tuple[_Trial, float]]:
+    """Each trial with its loss; trials are drawn only so far ahead, for they hold memory."""
+    pending: deque[tuple[_Trial, Future[float]]] = deque()
+    for trial in trials:
+        pending.append((trial, pool.submit(trial.run)))
+        if len(pending) > ahead:
+            first, loss = pending.popleft()
+            yield first, loss.result()
+    for first, loss in pending:
+        yield first, loss.result()
 
 
 def perturbed(weight: Tensor, noise: float, key: tuple[object, ...]) -> Tensor:

@@ -83,6 +83,21 @@ def test_equals_itself_and_leaves_the_model_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in program.module.state_dict().items())
 
 
+def test_threads_change_nothing_and_their_number_is_restored() -> None:
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(estimate(family("llama"), length=16))
+            with pytest.raises(ModelError, match="not finite"):
+                estimate(family("llama"), length=16, noise=1e39)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_is_linear_in_small_noise() -> None:
     coarse, fine = (estimate(family("llama"), length=32, noise=noise).values for noise in (4e-3, 1e-3))
     assert all(coarse[name] == pytest.approx(fine[name], rel=0.2) for name in fine)

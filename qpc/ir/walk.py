@@ -1,5 +1,6 @@
 """Executing a graph node by node, keeping only what is still needed, with the freedom to try another weight from any point on."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ class Walk:
         while not self._stays and self._nodes[self._position] is not node:
             self._step(self._nodes[self._position], self._values, {})
             self._position += 1
+
+    def fork(self) -> "Walk":
+        """A walk that stands at the same place and goes on by itself."""
+        other = copy.copy(self)
+        other._values = dict(self._values)
+        return other
 
     def finish(self, weights: Mapping[fx.Node, Tensor]) -> list[Any]:
         """The flattened outputs if the linears `weights` had these matrices [out_features, in_features]."""
