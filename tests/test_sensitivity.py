@@ -91,7 +91,7 @@ def test_threads_change_nothing_and_their_number_is_restored() -> None:
             torch.set_num_threads(count)
             found.append(estimate(family("llama"), length=16))
             with pytest.raises(ModelError, match="not finite"):
-                estimate(family("llama"), length=16, noise=1e39)
+                estimate(family("llama"), length=16, noise=float("inf"))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
