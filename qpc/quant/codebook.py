@@ -10,8 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-MULTIPLIERS = (0x8D6B5A35, 0xD2C1E92D)
-INCREMENTS = (0x6C078965, 0x2545F491)
+MULTIPLIERS = (0x52A69AC1, 0x25C8E409)
+INCREMENTS = (0xEAD5C02B, 0xE345C183)
+"""Chosen from 120 random sets of odd constants by the distortion at 2, 3 and 4 bits: all at 12 window bits, the best ten at 16 too, the
+best four again at 12, 14 and 16 with fresh Gaussians. Sum of the three gaps to the bound at 12 window bits: 3.75 dB; median of all sets
+4.09, worst 9.74. The distortion that is reached stands in `distortion.GAP_DB`."""
+
 CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 """Standard deviation of a code value over independent uniform bytes."""
 

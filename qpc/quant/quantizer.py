@@ -4,8 +4,9 @@ A quantizer works on a *rotated* weight, whose rows are close to Gaussian. Weigh
 its own, so that any range of tile rows or tile columns of a packed weight is a packed weight too.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
@@ -18,6 +19,9 @@ from qpc.quant.rotation import Rotation
 
 TILE = 16
 """Rows and columns of one tile."""
+
+SLAB_WEIGHTS = 1 << 23
+"""Weights that are quantized or decoded at a time."""
 
 RingEncoder = Callable[[Tensor, int, int], Tensor]
 """`encoder(values [rings, steps, 2] float32, step_bits, window_bits) -> words [rings, steps * step_bits / 32] int32`."""
@@ -33,7 +37,7 @@ class PackedWeight:
     """A quantized weight: everything that is stored of it.
 
     codes: one tensor per part of the quantizer, int32 [tile_rows, tile_columns, words]; the parts follow each other along the input axis.
-    scales: bfloat16 [tile_rows * 16], one per output row, zero on padding rows. (Eight bits of mantissa cost 1e-6 of distortion; the
+    scales: bfloat16 [tile_rows * 16], one per output row, zero on padding rows. (Eight bits of mantissa cost 3e-6 of distortion; the
         exponent of float32 takes weights of any size.)
     rotation: the transform of the input axis, or None if the weight was quantized as it is.
     """
@@ -105,34 +109,59 @@ class Quantizer(ABC):
 
         weight: [out_features, in_features], any float dtype; finite. Rows of zeros are allowed.
         encoder: searches the trellis; by default the compiled CPU encoder.
+
+        Raises `QuantizerError` for a weight that is empty, not finite, or too large for a bfloat16 scale.
         """
         if weight.ndim != 2 or weight.numel() == 0:
             raise QuantizerError(f"a weight must be a non-empty matrix, got shape {tuple(weight.shape)}")
+        if not bool(weight.isfinite().all()):
+            raise QuantizerError("a weight must be finite, got NaN or infinity")
         out_features, in_features = weight.shape
-        rows, columns = tiles(out_features), tiles(in_features)
-        deviation = weight.double().square().mean(dim=1).sqrt()
-        unit = torch.zeros(rows * TILE, columns * TILE, dtype=torch.float32, device=weight.device)
-        safe = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        unit[:out_features, :in_features] = (weight.double() / safe[:, None]).float()
-        codes, decoded, start = [], torch.empty_like(unit), 0
-        for part, width in self.parts(in_features):
-            span = slice(start * TILE, (start + width) * TILE)
-            codes.append(part.encode(unit[:, span], encoder))
-            decoded[:, span] = part.decode(codes[-1])
-            start += width
-        # The best scale of each row, given its codes, is a least-squares fit.
-        target, made = unit[:, :in_features].double(), decoded[:, :in_features].double()
-        energy = made.square().sum(dim=1)
-        fit = torch.where(energy > 0, (target * made).sum(dim=1) / energy.clamp_min(1e-30), torch.zeros_like(energy))
-        scales = torch.zeros(rows * TILE, dtype=torch.float64, device=weight.device)
-        scales[:out_features] = fit[:out_features] * deviation
-        return PackedWeight(out_features, in_features, self, tuple(codes), scales.bfloat16())
+        made = [self._quantize_rows(weight[rows], encoder) for rows in _slabs(out_features, in_features)]
+        codes = tuple(torch.cat(part) for part in zip(*(codes for codes, _ in made), strict=True))
+        return PackedWeight(out_features, in_features, self, codes, torch.cat([scales for _, scales in made]))
 
     def dequantize(self, packed: PackedWeight) -> Tensor:
         """Decode: float32 [out_features, in_features], in the rotated basis."""
         parts = self.parts(packed.in_features)
-        unit = torch.cat([part.decode(codes) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
-        return (unit * packed.scales.float()[:, None])[: packed.out_features, : packed.in_features]
+        out = torch.empty(packed.out_features, packed.in_features, device=packed.scales.device)
+        for rows in _slabs(packed.out_features, packed.in_features):
+            tile_rows = slice(rows.start // TILE, tiles(rows.stop))
+            unit = torch.cat([part.decode(codes[tile_rows]) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
+            height = rows.stop - rows.start
+            out[rows] = unit[:height, : packed.in_features] * packed.scales[rows, None].float()
+        return out
+
+    def _quantize_rows(self, weight: Tensor, encoder: RingEncoder | None) -> tuple[list[Tensor], Tensor]:
+        """Codes of each part and scales of some rows."""
+        height, in_features = weight.shape
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        deviation = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64) / math.sqrt(in_features)
+        unit = torch.zeros(tiles(height) * TILE, tiles(in_features) * TILE, device=weight.device)
+        divisor = deviation.to(wide.dtype)
+        unit[:height, :in_features] = wide / torch.where(divisor > 0, divisor, 1)[:, None]
+        codes, decoded, start = [], [], 0
+        for part, width in self.parts(in_features):
+            codes.append(part.encode(unit[:, start * TILE : (start + width) * TILE], encoder))
+            decoded.append(part.decode(codes[-1]))
+            start += width
+        # The best scale of each row, given its codes, is a least-squares fit over the columns that exist.
+        made = torch.cat(decoded, dim=1)[:, :in_features]
+        energy = made.square().sum(dim=1, dtype=torch.float64)
+        product = (unit[:, :in_features] * made).sum(dim=1, dtype=torch.float64)
+        scales = torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
+        scales[:height] *= deviation
+        scales[height:] = 0
+        if not bool((short := scales.bfloat16()).isfinite().all()):
+            raise QuantizerError(f"a row of deviation {deviation.max().item():.3g} is too large for a bfloat16 scale; rescale the weight")
+        return codes, short
+
+
+def _slabs(out_features: int, in_features: int) -> Iterator[slice]:
+    """Whole tile rows of at most about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries."""
+    height = max(1, SLAB_WEIGHTS // (TILE * in_features)) * TILE
+    for start in range(0, out_features, height):
+        yield slice(start, min(start + height, out_features))
 
 
 class UniformQuantizer(Quantizer):

@@ -2,18 +2,17 @@
 
 Each tile of 16 x 16 weights is one ring: a circular string of `128 * step_bits` bits. Step j (pair j, row-major: row j // 8, columns
 2 (j % 8) and the next) is decoded from the `window_bits` bits that start at bit `j * step_bits`, wrapping at the end of the string.
-Bit i of the string is bit `i % 32` (least significant first) of word `i // 32`; the first bit of a window is its least significant.
+The bits of a string lie in 32-bit words as `bitstring` says; the first bit of a window is its least significant.
 """
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
+from qpc.quant.bitstring import ring_windows
 from qpc.quant.codebook import CODE_DEVIATION, decode_windows
 from qpc.quant.distortion import trellis_distortion
 from qpc.quant.quantizer import TILE, RingEncoder, UniformQuantizer
@@ -24,6 +23,13 @@ STEPS = TILE * TILE // 2
 
 MIN_STEP_BITS, MAX_STEP_BITS = 3, 12
 MIN_WINDOW_BITS, MAX_WINDOW_BITS = 12, 20
+
+SPREAD = (1.05, 0.99, 0.95, 0.93, 0.90, 0.86, 0.85, 0.81, 0.81, 0.80)
+"""Standard deviation of the weights over that of the code, by step bits: measured to give the least distortion at 16 window bits.
+
+The higher the rate, the more the tails count, which the code does not have of itself. The optimum is flat and moves by less than 0.06 at
+other window lengths.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class TrellisQuantizer(UniformQuantizer):
         if not MIN_WINDOW_BITS <= self.window_bits <= MAX_WINDOW_BITS:
             raise QuantizerError(f"window_bits={self.window_bits} must be from {MIN_WINDOW_BITS} to {MAX_WINDOW_BITS}")
 
+    def __str__(self) -> str:
+        return f"{self.family} {self.rate} L{self.window_bits}"
+
     @property
     def rate(self) -> Fraction:
         return Fraction(self.step_bits, 2)
@@ -58,11 +67,8 @@ class TrellisQuantizer(UniformQuantizer):
 
     @property
     def unit(self) -> float:
-        """Size of one integer step of the code, for weights of unit variance.
-
-        A reproduction at distortion D has variance 1 - D, so the code shrinks by sqrt(1 - 2^(-2 rate)).
-        """
-        return math.sqrt(1 - 2.0 ** (-self.step_bits)) / CODE_DEVIATION
+        """Size of one integer step of the code, for weights of unit variance."""
+        return 1 / (CODE_DEVIATION * SPREAD[self.step_bits - MIN_STEP_BITS])
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
         rows, columns = unit.shape[0] // TILE, unit.shape[1] // TILE
@@ -74,13 +80,3 @@ class TrellisQuantizer(UniformQuantizer):
         rows, columns, _ = codes.shape
         values = decode_windows(ring_windows(codes, self.step_bits, self.window_bits)).float() * self.unit
         return values.reshape(rows, columns, TILE, TILE).transpose(1, 2).reshape(rows * TILE, columns * TILE)
-
-
-def ring_windows(words: Tensor, step_bits: int, window_bits: int) -> Tensor:
-    """Every window of each ring: int32 [..., words] -> int64 [..., steps]."""
-    count = words.shape[-1]
-    bit = torch.arange(count * 32 // step_bits, device=words.device) * step_bits
-    word, offset = bit // 32, bit % 32
-    wide = words.long() & 0xFFFFFFFF
-    pair = wide[..., word] | (wide[..., (word + 1) % count] << 32)
-    return (pair >> offset) & ((1 << window_bits) - 1)

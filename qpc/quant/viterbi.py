@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qpc.errors import QuantizerError
+from qpc.quant.bitstring import pack
 from qpc.quant.codebook import codebook
 from qpc.settings import Settings
 
@@ -35,22 +36,10 @@ def encode_rings(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
         raise QuantizerError(f"rings must have shape [rings, steps, 2], got {tuple(values.shape)}")
     steps = values.shape[1]
     _check_ring(steps, step_bits, window_bits)
-    if steps * step_bits % 32:
-        raise QuantizerError(f"a ring of {steps=} with {step_bits=} does not fill 32-bit words; their product must be divisible by 32")
+    if steps % 32:
+        raise QuantizerError(f"a ring of {steps=} does not fill 32-bit words at every rate; use a multiple of 32")
     symbols = search_rings(values.detach().to("cpu", torch.float32).numpy(), codebook(window_bits).numpy(), step_bits)
-    return torch.from_numpy(pack_symbols(symbols, step_bits)).to(values.device)
-
-
-def pack_symbols(symbols: NDArray[np.uint16], step_bits: int) -> NDArray[np.int32]:
-    """The bit string of each ring, from the low `step_bits` bits of its windows: [rings, steps] -> [rings, steps * step_bits / 32]."""
-    rings, steps = symbols.shape
-    words = np.empty((rings, steps * step_bits // 32), dtype=np.int32)
-    places = np.arange(step_bits, dtype=np.uint16)
-    for start in range(0, rings, 1024):  # keeps the unpacked bits in the cache
-        some = symbols[start : start + 1024]
-        bits = ((some[..., None] >> places) & 1).astype(np.uint8)
-        words[start : start + 1024] = np.packbits(bits.reshape(len(some), -1), axis=1, bitorder="little").view("<i4")
-    return words
+    return pack(torch.from_numpy(symbols.astype(np.int32)), step_bits).to(values.device)
 
 
 def search_rings(values: NDArray[np.float32], points: NDArray[Any], step_bits: int) -> NDArray[np.uint16]:

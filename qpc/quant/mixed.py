@@ -1,0 +1,54 @@
+"""Rates between those of a family: two quantizers along the input axis of one weight."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from qpc.errors import QuantizerError
+from qpc.quant.quantizer import Quantizer, UniformQuantizer, tiles
+from qpc.quant.trellis import TrellisQuantizer
+
+
+@dataclass(frozen=True)
+class MixedRateQuantizer(Quantizer):
+    """The first `round(high_share * tile columns)` tile columns are coded by `high`, the others by `low`.
+
+    low, high: of one family, `low` at the smaller rate; trellis quantizers of one window length. high_share: between 0 and 1.
+    """
+
+    low: UniformQuantizer
+    high: UniformQuantizer
+    high_share: Fraction
+
+    def __post_init__(self) -> None:
+        if self.low.family != self.high.family or _window(self.low) != _window(self.high):
+            raise QuantizerError(f"{self.low} and {self.high} cannot be mixed: they must be of one family and one window length")
+        if self.low.rate >= self.high.rate:
+            raise QuantizerError(f"{self.low} must have a smaller rate than {self.high}")
+        if not 0 < self.high_share < 1:
+            raise QuantizerError(f"high_share={self.high_share} must lie between 0 and 1; use a uniform quantizer at the ends")
+
+    def __str__(self) -> str:
+        window = _window(self.low)
+        return f"{self.family} {self.rate}" + (f" L{window}" if window else "")
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        return self.low.family
+
+    @property
+    def rate(self) -> Fraction:
+        return self.low.rate + self.high_share * (self.high.rate - self.low.rate)
+
+    @property
+    def distortion(self) -> float:
+        share = float(self.high_share)
+        return share * self.high.distortion + (1 - share) * self.low.distortion
+
+    def parts(self, in_features: int) -> tuple[tuple[UniformQuantizer, int], ...]:
+        columns = tiles(in_features)
+        high = round(self.high_share * columns)
+        return tuple((part, width) for part, width in ((self.high, high), (self.low, columns - high)) if width)
+
+
+def _window(quantizer: UniformQuantizer) -> int:
+    return quantizer.window_bits if isinstance(quantizer, TrellisQuantizer) else 0

@@ -1,0 +1,115 @@
+import json
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpc.errors import QuantizerError
+from qpc.quant.mixed import MixedRateQuantizer
+from qpc.quant.palette import Effort, Palette, default_palette, from_json, to_json
+from qpc.quant.scalar import ScalarQuantizer
+from qpc.quant.trellis import TrellisQuantizer
+
+
+@pytest.mark.parametrize("effort", Effort)
+def test_default_palette_has_every_quarter_bit(effort: Effort) -> None:
+    palette = default_palette(effort)
+    assert [q.rate for q in palette.quantizers] == [Fraction(n, 4) for n in range(6, 33)]
+    for quantizer in palette.quantizers:
+        assert palette.at(quantizer.rate) is quantizer
+        assert 4.0 ** -float(quantizer.rate) < quantizer.distortion < 1
+        assert from_json(json.loads(json.dumps(to_json(quantizer)))) == quantizer
+    assert palette.at(Fraction(3)) == TrellisQuantizer(6, effort.window_bits)
+    assert palette.at(Fraction(8)) == ScalarQuantizer(8)
+    assert all(a.distortion > b.distortion for a, b in pairwise(palette.quantizers) if b.rate <= 6)
+
+
+def test_longer_windows_are_better() -> None:
+    for fast, high in zip(default_palette(Effort.FAST).quantizers, default_palette(Effort.HIGH).quantizers, strict=True):
+        assert high.distortion < fast.distortion or high.rate > 6
+
+
+def test_printed() -> None:
+    palette = default_palette()
+    assert [str(palette.at(Fraction(rate))) for rate in (3, Fraction(13, 4), 7, Fraction(27, 4))] == [
+        "trellis 3 L16",
+        "trellis 13/4 L16",
+        "scalar 7",
+        "scalar 27/4",
+    ]
+
+
+def test_missing_rate_is_named() -> None:
+    with pytest.raises(QuantizerError, match="1/3"):
+        default_palette().at(Fraction(1, 3))
+
+
+@pytest.mark.parametrize("quantizers", [(), (ScalarQuantizer(3), ScalarQuantizer(2)), (ScalarQuantizer(3), TrellisQuantizer(6))])
+def test_palette_must_ascend(quantizers: tuple[Any, ...]) -> None:
+    with pytest.raises(QuantizerError):
+        Palette(quantizers)
+
+
+def test_effort_is_parsed() -> None:
+    assert Effort.parse("fast") is Effort.FAST and Effort.parse(Effort.MAX) is Effort.MAX
+    with pytest.raises(QuantizerError, match="fast, default, high, max"):
+        Effort.parse("quick")
+
+
+def test_unlike_quantizers_do_not_mix() -> None:
+    half = Fraction(1, 2)
+    for low, high, share in [
+        (ScalarQuantizer(2), TrellisQuantizer(6), half),
+        (TrellisQuantizer(5, 12), TrellisQuantizer(6, 16), half),
+        (ScalarQuantizer(3), ScalarQuantizer(2), half),
+        (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(0)),
+        (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(1)),
+    ]:
+        with pytest.raises(QuantizerError):
+            MixedRateQuantizer(low, high, share)
+
+
+@given(st.integers(1, 2000), st.fractions(0, 1).filter(lambda f: 0 < f < 1))
+def test_parts_cover_all_columns(in_features: int, share: Fraction) -> None:
+    parts = MixedRateQuantizer(ScalarQuantizer(2), ScalarQuantizer(3), share).parts(in_features)
+    columns = -(-in_features // 16)
+    assert sum(width for _, width in parts) == columns and all(width > 0 for _, width in parts)
+    high = sum(width for part, width in parts if part == ScalarQuantizer(3))
+    assert abs(high - share * columns) <= Fraction(1, 2)
+
+
+leaves = st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=3)
+leaves |= st.sampled_from(["trellis", "scalar", "mixed"])
+names = st.sampled_from(["kind", "bits", "step_bits", "window_bits", "low", "high", "high_share"]) | st.text(max_size=3)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5), max_leaves=12)
+
+
+@given(values)
+def test_anything_is_a_quantizer_or_an_error(value: object) -> None:
+    try:
+        quantizer = from_json(value)
+    except QuantizerError:
+        return
+    assert to_json(quantizer) == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"kind": "trellis", "step_bits": 6},
+        {"kind": "trellis", "step_bits": 6, "window_bits": 16, "extra": 1},
+        {"kind": "trellis", "step_bits": True, "window_bits": 16},
+        {"kind": "trellis", "step_bits": 6.0, "window_bits": 16},
+        {"kind": "trellis", "step_bits": 2, "window_bits": 16},
+        {"kind": "scalar", "bits": "3"},
+        {"kind": ["scalar"], "bits": 3},
+        {"kind": "mixed", "low": {"kind": "scalar", "bits": 2}, "high": {"kind": "scalar", "bits": 3}, "high_share": [1, 0]},
+        {"kind": "mixed", "low": {"kind": "mixed"}, "high": {"kind": "scalar", "bits": 3}, "high_share": [1, 2]},
+    ],
+)
+def test_malformed_forms_are_refused(value: object) -> None:
+    with pytest.raises(QuantizerError):
+        from_json(value)
