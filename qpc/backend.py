@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import list_backends, lookup_backend
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.budget import Budget
@@ -75,7 +76,10 @@ def qpalette(
     program = _program(graph_module, example_inputs, owner)
     if program.tensors:
         _lower(program, parsed.options)
-    compile_inner = torch._TorchCompileInductorWrapper(mode, None, None) if parsed.inner == "inductor" else lookup_backend(parsed.inner)
+        _name_sources(graph_module)
+    compile_inner = lookup_backend(parsed.inner)
+    if parsed.inner == "inductor":
+        compile_inner = torch._TorchCompileInductorWrapper(mode, None, None)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         compiled = compile_inner(program.graph_module, list(example_inputs))
 
@@ -97,6 +101,14 @@ def _lower(program: Program, options: Options) -> None:
         with _outside_dynamo():
             decide(program, options)
     Pipeline((Lower(),)).run(program, dump=dump)
+
+
+def _name_sources(graph_module: fx.GraphModule) -> None:
+    """Give the packed tensors a source, as Dynamo does for every tensor that it bakes into a graph; AOTAutograd asks for it."""
+    sources = getattr(graph_module, "_param_name_to_source", None)
+    if sources is not None:
+        for name, _ in graph_module.named_buffers():
+            sources.setdefault(name, ConstantSource(name))
 
 
 def _decided(owner: nn.Module, options: Options) -> Program | None:

@@ -1,6 +1,7 @@
 """From an `nn.Module` to one graph, by `torch.export` on fake tensors: no data runs through the model and nothing of it is copied."""
 
 import inspect
+import logging
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ def _export(model: nn.Module, example_inputs: tuple[Tensor, ...] | None) -> Expo
             f"one tensor for each input of forward({', '.join(parameters)})"
         )
     try:
-        with _evaluating(model), torch.no_grad():
+        with _evaluating(model), _quiet(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(_explanation(model, error)) from error
@@ -135,6 +136,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pages that torch logs when an export fails: the error says it in one line, and its cause says the rest."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _explanation(model: nn.Module, error: BaseException) -> str:

@@ -194,19 +194,25 @@ def _place(model: nn.Module, name: str, entry: object) -> None:
     try:
         replaced = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"the checkpoint quantizes {name}, which this model does not have; load it into the model it was made from") from None
+        raise CheckpointError(
+            f"the checkpoint quantizes {name}, which this model does not have; load it into the model it was made from"
+        ) from None
     if not isinstance(entry, dict):
         raise CheckpointError(f"the entry of {name} is malformed; the checkpoint is damaged")
-    shape = [entry.get("out_features"), entry.get("in_features"), entry.get("block")]
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
-        raise CheckpointError(f"the entry of {name} has no valid shape; the checkpoint is damaged")
-    out_features, in_features, block = shape
+    out_features, in_features, block = (_count(name, entry, key) for key in ("out_features", "in_features", "block"))
     weight = getattr(replaced, "weight", None)
-    if weight is None or sorted(weight.shape) != sorted((out_features, in_features)) or (block and (block < 0 or in_features % block)):
-        found = tuple(weight.shape) if weight is not None else None
+    found = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if found not in ((out_features, in_features), (in_features, out_features)) or (block and in_features % block):
         raise CheckpointError(f"{name} is {out_features}x{in_features} (blocks of {block}) in the checkpoint, {found} in the model")
     bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if entry.get("bias") else None
     model.set_submodule(name, QuantizedLinear(out_features, in_features, palette.from_json(entry.get("quantizer")), block, bias))
+
+
+def _count(name: str, entry: dict[str, object], key: str) -> int:
+    value = entry.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{key} of {name} is {value!r}, it must be a count; the checkpoint is damaged")
+    return value
 
 
 def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -227,13 +233,17 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], directory: s
         if found is None:
             raise CheckpointError(f"{directory} lacks the tensor {name}; the checkpoint is incomplete")
         if found.shape != expected.shape:
-            raise CheckpointError(f"{name} has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{name} has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}; the checkpoint is damaged"
+            )
         packed = not expected.is_floating_point() or name.endswith(".scales")
         if packed and found.dtype != expected.dtype:
             raise CheckpointError(f"{name} is {found.dtype}, it must be {expected.dtype}; the checkpoint is damaged")
     unknown = sorted(tensors.keys() - needed.keys())
     if unknown:
-        raise CheckpointError(f"{directory} holds a tensor {unknown[0]} that the model does not have; load it into the model it was made from")
+        raise CheckpointError(
+            f"{directory} holds a tensor {unknown[0]} that the model does not have; load it into the model it was made from"
+        )
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

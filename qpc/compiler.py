@@ -43,7 +43,7 @@ class Options:
     same_quantizer_in_group: bool = False
 
 
-def compile(  # noqa: A001 - the public name
+def compile(
     model: nn.Module,
     budget: Budget | Fraction | float | str,
     *,

@@ -81,20 +81,26 @@ def estimate(
     program: Program,
     *,
     inputs: Sequence[Tensor] | None = None,
-    batch: int = 2,
-    length: int = 128,
+    batch: int = 3,
+    length: int = 64,
+    rounds: int = 3,
     noise: float = 0.02,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Sensitivities:
     """Inject noise into one weight after another and measure what it does to the output.
 
-    The graph is walked once; at each linear a copy of the walk goes on to the end with the perturbed weight, so nothing upstream runs
-    again and only live values are kept. The model is not modified. Computes in the dtypes and on the device of the model.
+    The graph is walked once a round; at each linear a copy of the walk goes on to the end with the perturbed weight, so nothing upstream
+    runs again and only live values are kept. The model is not modified. Computes in the dtypes and on the device of the model.
 
     program: CANONICAL or later. inputs: the model's inputs; by default tokens drawn uniformly from the vocabulary for those that an
     embedding reads, ones for other integers, and a standard normal for floating-point ones. batch, length: sizes of their symbolic axes.
-    noise: relative squared error to inject, in each row.
+    rounds: parts into which the inputs are cut along their first axis, each with noise of its own. noise: relative squared error to
+    inject, in each row.
+
+    The defaults are a trade. On a model of 135 M weights, the logarithm of a coefficient has a standard error of 0.28, 0.22, 0.20 and 0.19
+    for 1, 2, 3 and 4 rounds of 64 tokens, and 0.29 for one round of 128: the draw of the noise matters as much as that of the tokens.
+    An allocation loses about half the square of that error, so a fourth round would gain less than a thousandth part.
 
     Raises `ModelError` if there are no linears, or an output is not finite; the message names the linear.
     """
@@ -102,33 +108,47 @@ def estimate(
     if not groups:
         raise ModelError("the model has no linear that may be quantized")
     given = tuple(inputs) if inputs is not None else random_inputs(program, batch=batch, length=length, seed=seed)
-    walk = Walk(program, given)
-    values: dict[str, float] = {}
+    parts = _rounds(given, rounds)
+    totals = dict.fromkeys((_site(nodes[0]).weight for nodes in groups), 0.0)
+    positions = 0
+    work = [(number, part, nodes) for number, part in enumerate(parts) for nodes in groups]
     with torch.no_grad():
-        reference = _reference(program, walk.finish({}))
-        for nodes in track(groups, "sensitivities", len(groups), progress):
+        for number, part, nodes in track(work, "sensitivities", len(work), progress):
             site = _site(nodes[0])
+            if nodes is groups[0]:
+                walk = Walk(program, part)
+                reference = _reference(program, walk.finish({}))
+                positions += reference.positions
             walk.advance(nodes[0])
             stored = program.tensor(site.weight)
-            noisy = perturbed(stored.t() if site.transposed else stored, noise, seed, site.weight)
+            noisy = perturbed(stored.t() if site.transposed else stored, noise, (seed, number, site.weight))
             loss = reference.loss(walk.finish(dict.fromkeys(nodes, noisy)))
             if not math.isfinite(loss):
                 raise ModelError(f"{site.name}: the output is not finite when its weight has a relative squared error of {noise}")
-            values |= {_site(node).name: loss / noise for node in nodes}
-    in_order = {_site(node).name: values[_site(node).name] for node in program.linears()}
-    return Sensitivities(in_order, reference.kind, noise, seed, reference.positions)
+            totals[site.weight] += loss * reference.positions
+    values = {_site(node).name: totals[_site(node).weight] / (positions * noise) for node in program.linears()}
+    return Sensitivities(values, reference.kind, noise, seed, positions)
 
 
-def perturbed(weight: Tensor, noise: float, seed: int, name: str) -> Tensor:
+def perturbed(weight: Tensor, noise: float, key: tuple[object, ...]) -> Tensor:
     """The weight [out_features, in_features] plus Gaussian noise E with ||E||^2 = noise ||W||^2 in every row.
 
-    The noise depends on nothing but `seed`, the name, the shape and the device.
+    The noise depends on nothing but the key (as printed), the shape and the device.
     """
-    generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    generator = torch.Generator(weight.device).manual_seed(zlib.crc32(repr(key).encode()))
     draw = torch.randn(weight.shape, generator=generator, device=weight.device)
     full = weight.float()
     scale = noise**0.5 * torch.linalg.vector_norm(full, dim=1, keepdim=True) / torch.linalg.vector_norm(draw, dim=1, keepdim=True)
     return torch.addcmul(full, scale, draw).to(weight.dtype)
+
+
+def _rounds(inputs: tuple[Tensor, ...], rounds: int) -> list[tuple[Tensor, ...]]:
+    """The inputs cut along their common first axis into so many parts of like size; one part if they have none."""
+    first = {len(value) if value.ndim else 0 for value in inputs}
+    if len(first) != 1 or 0 in first:
+        return [inputs]
+    pieces = [torch.tensor_split(value, min(rounds, len(value))) for value in inputs]
+    return list(zip(*pieces, strict=True))
 
 
 def _site(node: fx.Node) -> LinearSite:

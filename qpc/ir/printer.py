@@ -25,7 +25,7 @@ class _Symbols:
         return re.sub(r"\b[a-z]+\d+\b", lambda match: self._order.setdefault(match[0], f"s{len(self._order)}"), str(size))
 
     def value(self, value: Any) -> str:
-        """dtype and shape of a tensor, the size that a symbol stands for, or those of a tuple."""
+        """The dtype and shape of a tensor, the size that a symbol stands for, or those of a tuple."""
         if isinstance(value, Tensor):
             return f"{_dtype(value.dtype)} [{', '.join(map(self, value.shape))}]"
         if isinstance(value, list | tuple):

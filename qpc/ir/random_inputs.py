@@ -15,7 +15,7 @@ def random_inputs(program: Program, *, batch: int, length: int, seed: int) -> tu
 
     An integer input that an embedding looks up is drawn uniformly from its rows, other integers are ones, and floating-point inputs
     are standard normal. batch, length: sizes of a symbolic first axis and of other symbolic axes; length never exceeds what the model's
-    configuration allows.
+    configuration allows. If all inputs are floating-point matrices, their rows are the positions, batch * length of them.
 
     Raises `ModelError` for an input that is not a tensor.
     """
@@ -26,10 +26,15 @@ def random_inputs(program: Program, *, batch: int, length: int, seed: int) -> tu
     sizes: dict[Any, int] = {}
     found = []
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    fakes: dict[str, Tensor] = {}
     for name in program.inputs:
         fake = fake_value(placeholders[name])
         if not isinstance(fake, Tensor):
             raise ModelError(f"the input {name} is not a tensor, so it cannot be drawn at random; give the inputs")
+        fakes[name] = fake
+    if all(fake.is_floating_point() and fake.ndim == 2 for fake in fakes.values()):
+        batch *= length
+    for name, fake in fakes.items():
         shape = [_size(size, batch if axis == 0 else length, sizes) for axis, size in enumerate(fake.shape)]
         rows = vocabulary(program, placeholders[name])
         if fake.is_floating_point():

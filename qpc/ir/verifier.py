@@ -17,6 +17,8 @@ Site = tuple[fx.Node, LinearSite]
 def verify(program: Program) -> None:
     """Check the contract of the program's stage, and of all stages before it that still apply.
 
+    At LOWERED one operator may stand for all members of a group and carry the annotation of the first.
+
     Raises `VerifierError` that names the stage and the node.
     """
     stage = program.stage
@@ -26,7 +28,7 @@ def verify(program: Program) -> None:
         return
     sites = [(node, site) for node in program.linears() if (site := annotation(node).site) is not None]
     _canonical(program, sites)
-    if stage >= Stage.GROUPED:
+    if Stage.GROUPED <= stage < Stage.LOWERED:
         _grouped(program, sites)
     if stage >= Stage.ALLOCATED:
         _allocated(program, sites)
@@ -137,7 +139,11 @@ def _allocated(program: Program, sites: list[Site]) -> None:
 
 def _quantized(program: Program, sites: list[Site]) -> None:
     """Every site with a quantizer has a packed weight of its shape; members of a group share their rotation."""
-    quantized = {site.name for node, site in sites if annotation(node).quantizer is not None}
+    quantized = set()
+    for node, site in sites:
+        found = annotation(node)
+        if found.quantizer is not None:
+            quantized |= {site.name} if node.target is LINEAR or found.group is None else set(found.group.members)
     for name in program.packed:
         _require(program, name in quantized, name, "has a packed weight, but no quantizer")
     rotations: dict[FusionGroup, PackedWeight] = {}

@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move, but never convert: `model.half()` concerns activations and what is not packed."""
         scales = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self

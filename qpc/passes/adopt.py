@@ -15,7 +15,7 @@ from qpc.passes.quantize import site_of
 
 @dataclass(frozen=True)
 class Adopt(Pass):
-    """source: a program of the same module at QUANTIZED or later. Sites are matched by name; a site that the source lacks stays as it is."""
+    """source: a program of the same module at QUANTIZED or later. Sites match by name; one that the source lacks stays as it is."""
 
     name: ClassVar[str] = "adopt"
     requires: ClassVar[Stage] = Stage.GROUPED
