@@ -9,7 +9,7 @@ from qpc import backend
 from qpc.errors import QpcError, SettingsError
 from qpc.ir.annotation import annotation
 from tests.families import FAMILIES
-from tests.test_compiler import TOKENS, logits
+from tests.test_compiler import DEVICES, TOKENS, logits
 
 OPTIONS = {"budget": 3.5, "effort": "fast", "inner": "eager"}
 
@@ -23,16 +23,18 @@ def test_listed_by_name() -> None:
     assert "qpalette" in torch.compiler.list_backends()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_both_doors_give_the_same_logits(family: str) -> None:
-    model = FAMILIES[family]().eval()
+def test_both_doors_give_the_same_logits(family: str, device: str) -> None:
+    model = FAMILIES[family]().eval().to(device)
     expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
     found = logits(torch.compile(model, backend="qpalette", options=OPTIONS, fullgraph=True))
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_inductor_runs_the_lowered_graph() -> None:
-    model = FAMILIES["llama"]().eval()
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_runs_the_lowered_graph(device: str) -> None:
+    model = FAMILIES["llama"]().eval().to(device)
     expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
     found = logits(torch.compile(model, backend="qpalette", options={"budget": 3.5, "effort": "fast"}))
     assert (found - expected).norm() <= 1e-4 * expected.norm()

@@ -12,12 +12,13 @@ from qpc.kernels.linear import QuantizedLinear
 from qpc.sensitivity import Loss, Sensitivities
 from tests.families import FAMILIES
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 TOKENS = torch.arange(40).reshape(2, 20) % 60
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
+        return model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
 
 
 def dequantized(original: nn.Module, compiled: nn.Module) -> nn.Module:
@@ -36,9 +37,10 @@ def is_conv1d(model: nn.Module, name: str) -> bool:
     return type(model.get_submodule(name)).__name__ == "Conv1D"
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=[(family, device) for family in sorted(FAMILIES) for device in DEVICES], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    original = FAMILIES[request.param]().eval()
+    family, device = request.param
+    original = FAMILIES[family]().eval().to(device)
     return original, qpc.compile(original, budget=3.5, effort="fast")
 
 
@@ -66,14 +68,15 @@ def test_budget_is_kept(pair: tuple[nn.Module, nn.Module]) -> None:
 
 def test_generates_batches_with_left_padding(pair: tuple[nn.Module, nn.Module]) -> None:
     _, compiled = pair
-    mask = torch.ones_like(TOKENS)
+    tokens = TOKENS.to(next(compiled.parameters()).device)
+    mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     args = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    dynamic = compiled.generate(TOKENS, **args)
+    dynamic = compiled.generate(tokens, **args)
     assert dynamic.shape == (2, 24)
-    assert torch.equal(dynamic, compiled.generate(TOKENS, cache_implementation="static", **args))
+    assert torch.equal(dynamic, compiled.generate(tokens, cache_implementation="static", **args))
     torch.manual_seed(0)
-    sampled = compiled.generate(TOKENS, attention_mask=mask, max_new_tokens=4, do_sample=True, pad_token_id=0)
+    sampled = compiled.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=True, pad_token_id=0)
     assert sampled.shape == (2, 24)
 
 
