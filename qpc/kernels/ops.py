@@ -53,7 +53,8 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     if supports_rotation(block, x.device, x.dtype).require() is Implementation.TRITON:
         from qpc.kernels.hadamard import rotate as triton_rotate
 
-        return triton_rotate(x, signs, block)
+        with torch.cuda.device(x.device):
+            return triton_rotate(x, signs, block)
     return cpu.rotate(x, signs, block)
 
 
@@ -80,7 +81,8 @@ def trellis_linear(
     if supports(x.device, x.dtype).require() is Implementation.TRITON:
         from qpc.kernels.trellis import trellis_linear as triton_linear
 
-        return triton_linear(x, codes, scales, bias, step_bits, window_bits, out_features)
+        with torch.cuda.device(x.device):
+            return triton_linear(x, codes, scales, bias, step_bits, window_bits, out_features)
     return cpu.linear(x, codes, scales, bias, quantizers, out_features)
 
 
@@ -105,7 +107,8 @@ def scalar_linear(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor |
     if supports(x.device, x.dtype).require() is Implementation.TRITON:
         from qpc.kernels.scalar import scalar_linear as triton_linear
 
-        return triton_linear(x, codes, scales, bias, bits, out_features)
+        with torch.cuda.device(x.device):
+            return triton_linear(x, codes, scales, bias, bits, out_features)
     return cpu.linear(x, codes, scales, bias, quantizers, out_features)
 
 
@@ -125,7 +128,8 @@ def trellis_dequantize(
     if supports(scales.device, dtype).require() is Implementation.TRITON:
         from qpc.kernels.trellis import trellis_dequantize as triton_dequantize
 
-        return triton_dequantize(codes, scales, step_bits, window_bits, out_features, in_features, dtype)
+        with torch.cuda.device(scales.device):
+            return triton_dequantize(codes, scales, step_bits, window_bits, out_features, in_features, dtype)
     return cpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
 
 
@@ -147,7 +151,8 @@ def scalar_dequantize(
     if supports(scales.device, dtype).require() is Implementation.TRITON:
         from qpc.kernels.scalar import scalar_dequantize as triton_dequantize
 
-        return triton_dequantize(codes, scales, bits, out_features, in_features, dtype)
+        with torch.cuda.device(scales.device):
+            return triton_dequantize(codes, scales, bits, out_features, in_features, dtype)
     return cpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
 
 

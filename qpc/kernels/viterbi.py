@@ -148,8 +148,9 @@ def encode_rings(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
     values = values.contiguous()
     symbols = torch.empty((rings, steps), dtype=torch.int32, device=values.device)
     chunk = ring_chunk(steps, step_bits, window_bits, values.device)
-    for start in range(0, rings, chunk):
-        _search(values[start : start + chunk], symbols[start : start + chunk], step_bits, window_bits)
+    with torch.cuda.device_of(values):
+        for start in range(0, rings, chunk):
+            _search(values[start : start + chunk], symbols[start : start + chunk], step_bits, window_bits)
     return pack(symbols, step_bits)
 
 

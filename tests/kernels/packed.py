@@ -1,5 +1,6 @@
 """Random packed weights: every string of bits is the code of some weight."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def packed(
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill every uninitialized tensor with NaN, so that an element that a kernel forgets is seen."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch warns of every matrix product
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
