@@ -36,10 +36,10 @@ class Adopt(Pass):
                 remarks.append(self.declined(name, "not among the linears that were allocated"))
                 annotate(node, annotation(node).but(group=legal.subset((name,))))
                 continue
-            if all(here.get(member) == legal for member in decided.group.members):
+            if all(member in known and here.get(member) == legal for member in decided.group.members):
                 group = replace(decided.group, input=legal.input)
             else:
-                remarks.append(self.declined(name, "its group does not read one value in this graph"))
+                remarks.append(self.declined(name, "the members of its group do not meet in this graph"))
                 group = legal.subset((name,))
             annotate(node, decided.but(site=site_of(node), group=group))
             if name in self.source.packed:

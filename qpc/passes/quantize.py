@@ -35,6 +35,7 @@ class Quantize(Pass):
         """Pack every weight once, however many sites apply it."""
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
         signs = sign_owners(nodes)
+        rotations: dict[str, Rotation] = {}
         applied: dict[str, list[fx.Node]] = {}
         for node in nodes:
             applied.setdefault(site_of(node).weight, []).append(node)
@@ -42,7 +43,10 @@ class Quantize(Pass):
             note, site = annotation(sharing[0]), site_of(sharing[0])
             assert note.quantizer is not None
             weight = weight_matrix(program, site)
-            rotation = Rotation.random(site.shape.in_features, self._generator(signs[site.name])).to(weight.device)
+            owner = signs[site.name]
+            if owner not in rotations:
+                rotations[owner] = Rotation.random(site.shape.in_features, self._generator(owner)).to(weight.device)
+            rotation = rotations[owner]
             rotated = rotation.apply(weight)
             packed = replace(note.quantizer.quantize(rotated, encoder_for(weight.device)), rotation=rotation)
             kurtosis = excess_kurtosis(weight), excess_kurtosis(rotated)
