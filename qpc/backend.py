@@ -4,6 +4,7 @@ Dynamo hands over one graph per frame and shape. The weights are decided and pac
 `qpc.compile`, so both doors give the same numbers); each graph then adopts them, is lowered, and goes on to an inner backend.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from qpc.settings import Settings
 
 LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "inner")
 CACHE = "_qpc_programs"
+_COUNT = itertools.count()
+"""Numbers the graphs of this process in the dumps."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,16 @@ def qpalette(
 
 def _lower(program: Program, options: Options) -> None:
     """All passes, in place; a graph without linears is left as it is."""
-    dump = Settings.from_environment().dump
     source = _decided(program.module, options)
     if source is not None:
         program.excluded.update(source.excluded)
-        Pipeline((Canonicalize(), Fusion(), Adopt(source))).run(program, dump=dump)
+        dump = Settings.from_environment().dump
+        graphs = dump / f"graph_{next(_COUNT)}" if dump is not None else None
+        Pipeline((Canonicalize(), Fusion(), Adopt(source), Lower())).run(program, dump=graphs)
     else:
         with _outside_dynamo():
             decide(program, options)
-    Pipeline((Lower(),)).run(program, dump=dump)
+        Pipeline((Lower(),)).run(program)
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:

@@ -23,7 +23,6 @@ from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Sensitivities, check_finite, estimate
-from qpc.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def compile(
     """
     options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group)
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
-    Pipeline((Lower(),)).run(program, progress=progress, dump=Settings.from_environment().dump)
+    Pipeline((Lower(),)).run(program)
     result = install(model, program)
     result.qpc_report = make_report(program, options)  # type: ignore[assignment]
     return result
@@ -97,8 +96,7 @@ def build(
 
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
-    dump = Settings.from_environment().dump
-    Pipeline((Canonicalize(), Fusion())).run(program, progress=progress, dump=dump)
+    Pipeline((Canonicalize(), Fusion())).run(program)
     if not any(True for _ in program.linears()):
         kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
         raise ModelError("the model has no linear layers that could be quantized" + (f" (left out: {kept})" if kept else ""))
@@ -109,7 +107,7 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
         Allocate(options.budget, default_palette(options.effort), sensitivities, options.same_quantizer_in_group),
         Quantize(options.seed, progress),
     )
-    Pipeline(rest).run(program, progress=progress, dump=dump)
+    Pipeline(rest).run(program)
     return program
 
 

@@ -1,6 +1,7 @@
 """`qpc.compile`: the lowered model is the model of the dequantized weights, keeps its module tree, and leaves the original alone."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qpc.sensitivity import Loss, Sensitivities
 from tests.families import FAMILIES
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+PASSES = ("canonicalize", "fusion", "allocate", "quantize", "lower")
 TOKENS = torch.arange(40).reshape(2, 20) % 60
 
 
@@ -168,3 +170,16 @@ def test_given_sensitivities_decide() -> None:
     chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values, Loss.KL, noise=0.02, seed=0, tokens=1))
     bits = {row.name: row.bits for row in qpc.report_of(chosen).rows}
     assert bits[favourite] > max(value for name, value in bits.items() if name != favourite)
+
+
+def test_one_dump_for_every_pass_and_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        monkeypatch.setenv("QPC_DUMP", str(tmp_path / name))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+        qpc.compile(model, budget=4, effort="fast", example_inputs=(torch.ones(2, 64),))
+    first, second = ({path.name: path.read_text() for path in (tmp_path / name).iterdir()} for name in ("first", "second"))
+    stems = ["00_captured", *(f"0{n}_after_{name}" for n, name in enumerate(PASSES, start=1))]
+    assert sorted(first) == sorted(f"{stem}.{suffix}" for stem in stems for suffix in ("txt", "json", "dot"))
+    assert first == second
+    assert "qpc.trellis_linear" in first["05_after_lower.txt"] or "qpc.scalar_linear" in first["05_after_lower.txt"]

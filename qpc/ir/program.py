@@ -36,6 +36,7 @@ class Program:
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
     decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
+    history: names of the passes already run, in order; a graph may go through several pipelines.
     allocation: what the solver chose, a `qpc.solver.Allocation` (from ALLOCATED on). The IR knows nothing of solvers, hence the type.
     """
 
@@ -48,6 +49,7 @@ class Program:
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     decisions: dict[str, Annotation] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
     allocation: object | None = None
 
     @property

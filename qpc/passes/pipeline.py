@@ -25,27 +25,30 @@ class Pipeline:
 
         The verifier runs before the first pass and after each. Remarks are collected in `program.remarks`.
 
-        dump: directory that receives `00_<stage>` and `NN_after_<pass>` as .txt, .json and .dot; by default that of QPC_DUMP.
+        dump: directory that receives `00_<stage>` and `NN_after_<pass>` as .txt, .json and .dot; by default that of QPC_DUMP. The count
+        goes on where an earlier pipeline left the program.
 
         Raises `VerifierError` if a pass does not fit the stage of the program or breaks a contract, `SettingsError` if a dump cannot be
         written.
         """
         dump = dump or Settings.from_environment().dump
         self._check_order(program)
-        _verified(program, "before the first pass", [])
-        _write(program, dump, f"00_{program.stage.name.lower()}")
+        _verified(program, "before the first pass")
+        if not program.history:
+            _write(program, dump, f"00_{program.stage.name.lower()}")
         results: dict[str, PassResult] = {}
-        for number, step in enumerate(track(self.passes, "passes", len(self.passes), progress), start=1):
+        for step in track(self.passes, "passes", len(self.passes), progress):
             try:
                 result = step.run(program)
             except Exception as error:
-                error.add_note(f"in pass {step.name!r}; {_already(results)}")
+                error.add_note(f"in pass {step.name!r}; {_already(program)}")
                 raise
             program.stage = step.ensures
             program.remarks += result.remarks
-            _verified(program, f"after pass {step.name!r}", results)
+            _verified(program, f"after pass {step.name!r}")
+            program.history.append(step.name)
             results[step.name] = result
-            _write(program, dump, f"{number:02d}_after_{step.name}")
+            _write(program, dump, f"{len(program.history):02d}_after_{step.name}")
         return results
 
     def _check_order(self, program: Program) -> None:
@@ -56,15 +59,15 @@ class Pipeline:
             stage, before = step.ensures, f"pass {step.name!r}"
 
 
-def _already(names: "list[str] | dict[str, PassResult]") -> str:
-    return f"passes already run: {', '.join(names) or 'none'}"
+def _already(program: Program) -> str:
+    return f"passes already run: {', '.join(program.history) or 'none'}"
 
 
-def _verified(program: Program, when: str, names: "list[str] | dict[str, PassResult]") -> None:
+def _verified(program: Program, when: str) -> None:
     try:
         verify(program)
     except VerifierError as error:
-        raise VerifierError(f"{when} ({_already(names)}): {error}") from error
+        raise VerifierError(f"{when} ({_already(program)}): {error}") from error
 
 
 def _write(program: Program, directory: Path | None, name: str) -> None:
