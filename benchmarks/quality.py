@@ -1,7 +1,7 @@
 """Loss of quality against bits: `python -m benchmarks.quality MODEL --text FILE --json RESULT`.
 
-Compiles one model at several budgets with one set of sensitivities, and measures perplexity and mean KL(original || compiled) in windows that
-do not overlap. `--double-newlines` prepares WikiText as its users do. The file that it writes is what README's figures and pictures come from.
+Compiles one model at several budgets with one set of sensitivities, and measures perplexity and mean KL(original || compiled) in windows
+that do not overlap. `--double-newlines` prepares WikiText as its users do. README's figures and picture come from the file that it writes.
 """
 
 import argparse

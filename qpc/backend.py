@@ -30,7 +30,8 @@ from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
 LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "inner")
-CACHE = "_qpc_programs"
+CACHE = "_qpc_program"
+"""Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
 _COUNT = itertools.count()
 """Numbers the graphs of this process in the dumps."""
 
@@ -117,17 +118,18 @@ def _name_sources(graph_module: fx.GraphModule) -> None:
 
 def _decided(owner: nn.Module, options: Options) -> Program | None:
     """The program of the whole module at QUANTIZED, made once; None if the module cannot be captured on its own."""
-    cache: dict[object, Program | None] = owner.__dict__.setdefault(CACHE, {})
     key = (options, tuple(parameter._version for parameter in owner.parameters()))
-    if key not in cache:
-        cache.clear()
-        try:
-            with _outside_dynamo():
-                cache[key] = build(owner, options)
-        except CaptureError as error:
-            warnings.warn(f"qpalette decides on this graph alone, with inputs of its own shape: {error}", stacklevel=2)
-            cache[key] = None
-    return cache[key]
+    known: tuple[object, Program | None] | None = owner.__dict__.get(CACHE)
+    if known is not None and known[0] == key:
+        return known[1]
+    try:
+        with _outside_dynamo():
+            program = build(owner, options)
+    except CaptureError as error:
+        warnings.warn(f"qpalette decides on this graph alone, with inputs of its own shape: {error}", stacklevel=2)
+        program = None
+    owner.__dict__[CACHE] = (key, program)
+    return program
 
 
 @contextmanager

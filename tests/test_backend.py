@@ -3,15 +3,15 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-import qpc
 from qpc import backend
-from qpc.errors import QpcError, SettingsError
+from qpc.errors import BudgetError, SettingsError
 from qpc.ir.annotation import annotation
+from tests.compiled import BUDGET, DEVICES, TOKENS, compiled_pair, logits
 from tests.families import FAMILIES
-from tests.test_compiler import DEVICES, TOKENS, logits
 
-OPTIONS = {"budget": 3.5, "effort": "fast", "inner": "eager"}
+OPTIONS = {"budget": BUDGET, "effort": "fast", "inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +26,17 @@ def test_listed_by_name() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_both_doors_give_the_same_logits(family: str, device: str) -> None:
-    model = FAMILIES[family]().eval().to(device)
-    expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
+    model, compiled = compiled_pair(family, device)
+    expected = logits(compiled)
     found = logits(torch.compile(model, backend="qpalette", options=OPTIONS, fullgraph=True))
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor_runs_the_lowered_graph(device: str) -> None:
-    model = FAMILIES["llama"]().eval().to(device)
-    expected = logits(qpc.compile(model, budget=3.5, effort="fast"))
-    found = logits(torch.compile(model, backend="qpalette", options={"budget": 3.5, "effort": "fast"}))
+    model, compiled = compiled_pair("llama", device)
+    expected = logits(compiled)
+    found = logits(torch.compile(model, backend="qpalette", options={"budget": BUDGET, "effort": "fast"}))
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -98,6 +98,6 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 
 def test_errors_reach_the_user() -> None:
     compiled = torch.compile(FAMILIES["llama"]().eval(), backend="qpalette", options={"budget": 0.1})
-    with pytest.raises(Exception, match="smallest") as caught:
+    with pytest.raises(BackendCompilerFailed, match="smallest") as caught:
         logits(compiled)
-    assert isinstance(caught.value, QpcError) or isinstance(caught.value.__cause__, QpcError)
+    assert isinstance(caught.value.inner_exception, BudgetError)

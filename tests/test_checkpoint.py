@@ -11,13 +11,13 @@ from torch import nn
 import qpc
 from qpc import checkpoint
 from qpc.errors import CheckpointError
+from tests.compiled import compiled_pair, logits
 from tests.families import FAMILIES
-from tests.test_compiler import logits
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    model = qpc.compile(FAMILIES[request.param]().eval(), budget=3.25, effort="fast")
+    _, model = compiled_pair(request.param)
     directory = tmp_path_factory.mktemp("checkpoint") / request.param
     qpc.save(model, directory)
     return model, directory

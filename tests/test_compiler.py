@@ -11,16 +11,10 @@ import qpc
 from qpc.errors import BudgetError, ModelError
 from qpc.kernels.linear import QuantizedLinear
 from qpc.sensitivity import Loss, Sensitivities
+from tests.compiled import BUDGET, DEVICES, TOKENS, compiled_pair, logits
 from tests.families import FAMILIES
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 PASSES = ("canonicalize", "fusion", "allocate", "quantize", "lower")
-TOKENS = torch.arange(40).reshape(2, 20) % 60
-
-
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
 
 
 def dequantized(original: nn.Module, compiled: nn.Module) -> nn.Module:
@@ -39,11 +33,9 @@ def is_conv1d(model: nn.Module, name: str) -> bool:
     return type(model.get_submodule(name)).__name__ == "Conv1D"
 
 
-@pytest.fixture(scope="module", params=[(family, device) for family in sorted(FAMILIES) for device in DEVICES], ids="-".join)
+@pytest.fixture(params=[(family, device) for family in sorted(FAMILIES) for device in DEVICES], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    family, device = request.param
-    original = FAMILIES[family]().eval().to(device)
-    return original, qpc.compile(original, budget=3.5, effort="fast")
+    return compiled_pair(*request.param)
 
 
 def test_lowered_equals_dequantized(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -65,7 +57,7 @@ def test_budget_is_kept(pair: tuple[nn.Module, nn.Module]) -> None:
     _, compiled = pair
     quantized = [module for module in compiled.modules() if isinstance(module, QuantizedLinear)]
     stored = 8 * sum(module.packed.nbytes for module in quantized)
-    assert stored <= 3.5 * sum(module.out_features * module.in_features for module in quantized)
+    assert stored <= BUDGET * sum(module.out_features * module.in_features for module in quantized)
 
 
 def test_generates_batches_with_left_padding(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -101,7 +93,8 @@ def test_members_of_a_group_are_row_ranges_of_one_weight() -> None:
 
 
 def test_same_inputs_give_the_same_bytes() -> None:
-    first, second = (qpc.compile(FAMILIES["qwen2"]().eval(), budget=3.25, effort="fast", seed=7).state_dict() for _ in range(2))
+    first = compiled_pair("qwen2")[1].state_dict()
+    second = qpc.compile(FAMILIES["qwen2"]().eval(), budget=BUDGET, effort="fast").state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -163,8 +156,8 @@ def test_report_needs_a_compiled_model() -> None:
 
 def test_given_sensitivities_decide() -> None:
     """A linear that matters a million times more gets more bits than its twins."""
-    model = FAMILIES["llama"]().eval()
-    rows = qpc.report_of(qpc.compile(model, budget=3, effort="fast")).rows
+    model, compiled = compiled_pair("llama")
+    rows = qpc.report_of(compiled).rows
     favourite = rows[-1].name
     values = {row.name: 1.0 for row in rows} | {favourite: 1e6}
     chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values, Loss.KL, noise=0.02, seed=0, tokens=1))

@@ -84,7 +84,7 @@ def test_later_facts_get_columns_of_their_own() -> None:
     annotate(first, annotation(first).but(quantizer=TrellisQuantizer(7), sensitivity=0.5, distortion=0.0102, weight_bytes=1234))
     head, line, other = summary(program).splitlines()
     assert head.split() == ["linear", "shape", "input", "quantizer", "sensitivity", "distortion", "bytes"]
-    assert "TrellisQuantizer(step_bits=7, window_bits=16)" in line and line.split()[-3:] == ["0.5", "0.0102", "1234"]
+    assert "trellis 7/2 L16" in line and line.split()[-3:] == ["0.5", "0.0102", "1234"]
     assert len(other.split()) == 3
     linear = next(node["linear"] for node in json.loads(to_json(program))["nodes"] if "linear" in node)
     assert (linear["bits_per_weight"], linear["sensitivity"], linear["weight_bytes"]) == ("7/2", 0.5, 1234)
