@@ -83,6 +83,7 @@ def test_compile_prints_one_json_object(run: Run, tiny_directory: Path, tmp_path
     result = json.loads(outcome.out)
     assert result["output"] == str(tmp_path / "out")
     assert 2 < result["bits_per_weight"] <= 4
+    assert (result["budget"], result["effort"], result["seed"]) == ("4bit", "fast", 0)
     assert result["linear_bytes"] == sum(row["weight_bytes"] for row in result["rows"] if row["quantizer"] is not None)
     assert qpc.is_checkpoint(tmp_path / "out")
 

@@ -27,6 +27,10 @@ class Effort(Enum):
     def window_bits(self) -> int:
         return self.value
 
+    def __str__(self) -> str:
+        """The name that `parse` reads back."""
+        return self.name.lower()
+
     @staticmethod
     def parse(text: "Effort | str") -> "Effort":
         """The effort of this name, in any case. Raises `QuantizerError` that lists the legal names."""
