@@ -1,7 +1,7 @@
 """Multiplication by a scalar-quantized weight on a GPU: decoding and multiplying in one kernel.
 
-Up to `VECTOR_BATCHES` rows of the activation, a lane owns 32 consecutive weights: 2 rows of a 16 x 16 tile, which fill whole words.
-Larger batches decode a block of weights and use the tensor cores. Levels, exact in float16, come from a small table in the cache.
+A lane owns 32 consecutive weights: 2 rows of a 16 x 16 tile, which fill whole words. Levels come from a small table in the cache.
+One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpc.kernels.computed_code import window_from, window_in_arc
-from qpc.kernels.dot import dot_precision, exact_dot
 from qpc.kernels.epilogue import finish, sum_splits
-from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, VECTOR_BATCHES, check_parts, choose_launch
+from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
 from qpc.quant.quantizer import TILE
 from qpc.quant.scalar import levels
 
@@ -57,7 +56,7 @@ def _add_arcs(
 @triton.jit
 def _vector_kernel(
     x, codes_0, codes_1, levels_0, levels_1, scales, bias, out,
-    columns_0, columns_1, chunk_0, chunk_1, features, out_features, x_stride,
+    columns_0, columns_1, chunk_0, chunk_1, features, out_features, x_stride, split_stride,
     BITS_0: tl.constexpr, BITS_1: tl.constexpr, BATCH: tl.constexpr, LANES: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     tile_row, split = tl.program_id(0), tl.program_id(1)
@@ -80,7 +79,7 @@ def _vector_kernel(
         result = tl.sum(tl.reshape(halves, (LANES // 8, 16)), axis=0)
         if not SPLIT:
             result = finish(result, rows, mask, scales, bias, HAS_BIAS)
-        at = (split * BATCH + item).to(tl.int64) * out_features
+        at = split.to(tl.int64) * split_stride + item * out_features
         tl.store(out + at + rows, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -95,47 +94,6 @@ def _decode_block(codes, levels, tile_row, columns, start, last, BITS: tl.conste
     low = tl.load(codes + tile + word).to(tl.uint32, bitcast=True)
     high = tl.load(codes + tile + (word + 1) % (8 * BITS)).to(tl.uint32, bitcast=True)
     return tl.load(levels + window_from(low, high, bit % 32, BITS))
-
-
-@triton.jit
-def _add_block_products(
-    acc, codes, levels, x, tile_row, columns, first, last, first_feature, features, batch, x_stride,
-    BITS: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    item = tl.arange(0, 16)[None, :]
-    for start in range(first, last, COLUMNS):
-        weights = _decode_block(codes, levels, tile_row, columns, start, last, BITS, COLUMNS)
-        inner = tl.arange(0, 16 * COLUMNS)[:, None]
-        feature = first_feature + start * 16 + inner
-        mask = (item < batch) & (start + inner // 16 < last) & (feature < features)
-        values = tl.load(x + item * x_stride + feature, mask=mask, other=0.0)
-        acc = exact_dot(weights, values, acc, DOT)
-    return acc
-
-
-@triton.jit
-def _matrix_kernel(
-    x, codes_0, codes_1, levels_0, levels_1, scales, bias, out,
-    columns_0, columns_1, chunk_0, chunk_1, features, out_features, batch, x_stride,
-    BITS_0: tl.constexpr, BITS_1: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    tile_row, split = tl.program_id(0), tl.program_id(1)
-    total = _add_block_products(
-        tl.zeros((16, 16), tl.float32), codes_0, levels_0, x, tile_row, columns_0, split * chunk_0,
-        tl.minimum((split + 1) * chunk_0, columns_0), 0, features, batch, x_stride, BITS_0, DOT, COLUMNS,
-    )  # fmt: skip
-    if BITS_1 > 0:
-        total = _add_block_products(
-            total, codes_1, levels_1, x, tile_row, columns_1, split * chunk_1,
-            tl.minimum((split + 1) * chunk_1, columns_1), columns_0 * 16, features, batch, x_stride, BITS_1, DOT, COLUMNS,
-        )  # fmt: skip
-    rows = (tile_row * 16 + tl.arange(0, 16))[:, None] + tl.zeros((16, 16), tl.int32)
-    mask = rows < out_features
-    if not SPLIT:
-        total = finish(total, rows, mask, scales, bias, HAS_BIAS)
-    item = tl.arange(0, 16)[None, :]
-    at = (split * batch + item).to(tl.int64) * out_features
-    tl.store(out + at + rows, total.to(out.dtype.element_ty), mask=mask & (item < batch))
 
 
 @triton.jit
@@ -195,17 +153,17 @@ def _small_batch(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | 
     tables = [_levels_on(each, x.device) for each in bits]
     widths = [code.shape[1] for code in codes] + [0] * (MAX_PARTS - len(codes))
     bits = list(bits) + [0] * (MAX_PARTS - len(codes))
-    vector = batch in VECTOR_BATCHES
-    launch = choose_launch(tile_rows, max(widths), 4 if vector else 1, x.device, max_warps=16 if vector else 4)
+    launch = choose_launch(tile_rows, max(widths), 4, x.device)
     split = launch.splits > 1
-    shape = (launch.splits, batch, out_features)
-    out = torch.empty(shape if split else shape[1:], dtype=torch.float32 if split else x.dtype, device=x.device)
+    out = torch.empty((launch.splits, batch, out_features), dtype=torch.float32 if split else x.dtype, device=x.device)
     chunks = [-(-width // launch.splits) for width in widths]
-    arguments = (x, codes[0], codes[-1], tables[0], tables[-1], scales, bias, out, *widths, *chunks, features, out_features)
-    constants = {"BITS_0": bits[0], "BITS_1": bits[1], "HAS_BIAS": bias is not None, "SPLIT": split, "num_warps": launch.warps}
-    grid = (tile_rows, launch.splits)
-    if vector:
-        _vector_kernel[grid](*arguments, x.stride(0), BATCH=batch, LANES=32 * launch.warps, **constants)
-    else:
-        _matrix_kernel[grid](*arguments, batch, x.stride(0), DOT=dot_precision(x.dtype), COLUMNS=4, **constants)
-    return sum_splits(out, scales, bias, x.dtype) if split else out
+    constants = {
+        "BITS_0": bits[0], "BITS_1": bits[1], "LANES": 32 * launch.warps, "HAS_BIAS": bias is not None, "SPLIT": split,
+        "num_warps": launch.warps,
+    }  # fmt: skip
+    for rows in cut_batch(batch):
+        _vector_kernel[(tile_rows, launch.splits)](
+            x[rows], codes[0], codes[-1], tables[0], tables[-1], scales, bias, out[:, rows],
+            *widths, *chunks, features, out_features, x.stride(0), out.stride(0), BATCH=rows.stop - rows.start, **constants,
+        )  # fmt: skip
+    return sum_splits(out, scales, bias, x.dtype) if split else out[0]

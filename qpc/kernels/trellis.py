@@ -1,8 +1,7 @@
 """Multiplication by a trellis-coded weight on a GPU: decoding and multiplying in one kernel.
 
-Up to `VECTOR_BATCHES` rows of the activation, a lane owns an *arc*: 32 consecutive windows of a ring, which are 4 rows of a 16 x 16 tile.
-An arc starts at a word, so that every shift is a constant, and no weight moves between lanes. Larger batches decode a block of windows
-and use the tensor cores; the code values are small integers, exact in float16 and in TF32, so that only the activation rounds.
+A lane owns an *arc*: 32 consecutive windows of a ring, which are 4 rows of a 16 x 16 tile. An arc starts at a word, so that every shift is
+a constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpc.kernels.computed_code import decode_window, window_from, window_in_arc
-from qpc.kernels.dot import dot_precision, exact_dot
 from qpc.kernels.epilogue import finish, sum_splits
-from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, VECTOR_BATCHES, check_parts, choose_launch
+from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
 from qpc.quant.quantizer import TILE
 from qpc.quant.trellis import TrellisQuantizer
 
@@ -66,7 +64,7 @@ def _add_arcs(
 
 @triton.jit
 def _vector_kernel(
-    x, codes_0, codes_1, scales, bias, out, columns_0, columns_1, chunk_0, chunk_1, features, out_features, x_stride,
+    x, codes_0, codes_1, scales, bias, out, columns_0, columns_1, chunk_0, chunk_1, features, out_features, x_stride, split_stride,
     STEP_BITS_0: tl.constexpr, STEP_BITS_1: tl.constexpr, WINDOW_BITS: tl.constexpr, UNIT_0: tl.constexpr, UNIT_1: tl.constexpr,
     BATCH: tl.constexpr, LANES: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +88,7 @@ def _vector_kernel(
         result = tl.sum(tl.reshape(quarters, (LANES // 4, 16)), axis=0)
         if not SPLIT:
             result = finish(result, rows, mask, scales, bias, HAS_BIAS)
-        at = (split * BATCH + item).to(tl.int64) * out_features
+        at = split.to(tl.int64) * split_stride + item * out_features
         tl.store(out + at + rows, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -107,49 +105,6 @@ def _decode_block(
     low = tl.load(codes + tile + word).to(tl.uint32, bitcast=True)
     high = tl.load(codes + tile + (word + 1) % (4 * STEP_BITS)).to(tl.uint32, bitcast=True)
     return decode_window(window_from(low, high, offset, WINDOW_BITS))
-
-
-@triton.jit
-def _add_block_products(
-    total, codes, x, tile_row, columns, first, last, first_feature, features, batch, x_stride,
-    STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    item = tl.arange(0, 16)[None, :]
-    acc = tl.zeros((16, 16), tl.float32)
-    for start in range(first, last, COLUMNS):
-        even, odd = _decode_block(codes, tile_row, columns, start, last, STEP_BITS, WINDOW_BITS, 1, COLUMNS)
-        pair = tl.arange(0, 8 * COLUMNS)[:, None]
-        feature = first_feature + start * 16 + 2 * pair
-        here = (item < batch) & (start + pair // 8 < last)
-        at = x + item * x_stride + feature
-        acc = exact_dot(even, tl.load(at, mask=here & (feature < features), other=0.0), acc, DOT)
-        acc = exact_dot(odd, tl.load(at + 1, mask=here & (feature + 1 < features), other=0.0), acc, DOT)
-    return total + acc * UNIT
-
-
-@triton.jit
-def _matrix_kernel(
-    x, codes_0, codes_1, scales, bias, out, columns_0, columns_1, chunk_0, chunk_1, features, out_features, batch, x_stride,
-    STEP_BITS_0: tl.constexpr, STEP_BITS_1: tl.constexpr, WINDOW_BITS: tl.constexpr, UNIT_0: tl.constexpr, UNIT_1: tl.constexpr,
-    DOT: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    tile_row, split = tl.program_id(0), tl.program_id(1)
-    total = _add_block_products(
-        tl.zeros((16, 16), tl.float32), codes_0, x, tile_row, columns_0, split * chunk_0, tl.minimum((split + 1) * chunk_0, columns_0), 0,
-        features, batch, x_stride, STEP_BITS_0, WINDOW_BITS, UNIT_0, DOT, COLUMNS,
-    )  # fmt: skip
-    if STEP_BITS_1 > 0:
-        total = _add_block_products(
-            total, codes_1, x, tile_row, columns_1, split * chunk_1, tl.minimum((split + 1) * chunk_1, columns_1), columns_0 * 16,
-            features, batch, x_stride, STEP_BITS_1, WINDOW_BITS, UNIT_1, DOT, COLUMNS,
-        )  # fmt: skip
-    rows = (tile_row * 16 + tl.arange(0, 16))[:, None] + tl.zeros((16, 16), tl.int32)
-    mask = rows < out_features
-    if not SPLIT:
-        total = finish(total, rows, mask, scales, bias, HAS_BIAS)
-    item = tl.arange(0, 16)[None, :]
-    at = (split * batch + item).to(tl.int64) * out_features
-    tl.store(out + at + rows, total.to(out.dtype.element_ty), mask=mask & (item < batch))
 
 
 @triton.jit
@@ -209,24 +164,17 @@ def _small_batch(
     widths = [code.shape[1] for code in codes] + [0] * (MAX_PARTS - len(codes))
     bits = list(step_bits) + [0] * (MAX_PARTS - len(codes))
     units = [TrellisQuantizer(each, window_bits).unit if each else 0.0 for each in bits]
-    vector = batch in VECTOR_BATCHES
-    launch = choose_launch(tile_rows, max(widths), 8 if vector else 1, x.device, max_warps=16 if vector else 4)
+    launch = choose_launch(tile_rows, max(widths), 8, x.device)
     split = launch.splits > 1
-    shape = (launch.splits, batch, out_features)
-    out = torch.empty(shape if split else shape[1:], dtype=torch.float32 if split else x.dtype, device=x.device)
+    out = torch.empty((launch.splits, batch, out_features), dtype=torch.float32 if split else x.dtype, device=x.device)
     chunks = [-(-width // launch.splits) for width in widths]
-    arguments = (x, codes[0], codes[-1], scales, bias, out)
     constants = {
         "STEP_BITS_0": bits[0], "STEP_BITS_1": bits[1], "WINDOW_BITS": window_bits, "UNIT_0": units[0], "UNIT_1": units[1],
-        "HAS_BIAS": bias is not None, "SPLIT": split, "num_warps": launch.warps,
+        "LANES": 32 * launch.warps, "HAS_BIAS": bias is not None, "SPLIT": split, "num_warps": launch.warps,
     }  # fmt: skip
-    grid = (tile_rows, launch.splits)
-    if vector:
-        _vector_kernel[grid](
-            *arguments, *widths, *chunks, features, out_features, x.stride(0), BATCH=batch, LANES=32 * launch.warps, **constants
-        )
-    else:
-        _matrix_kernel[grid](
-            *arguments, *widths, *chunks, features, out_features, batch, x.stride(0), DOT=dot_precision(x.dtype), COLUMNS=4, **constants
-        )
-    return sum_splits(out, scales, bias, x.dtype) if split else out
+    for rows in cut_batch(batch):
+        _vector_kernel[(tile_rows, launch.splits)](
+            x[rows], codes[0], codes[-1], scales, bias, out[:, rows], *widths, *chunks, features, out_features, x.stride(0), out.stride(0),
+            BATCH=rows.stop - rows.start, **constants,
+        )  # fmt: skip
+    return sum_splits(out, scales, bias, x.dtype) if split else out[0]

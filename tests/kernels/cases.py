@@ -31,6 +31,9 @@ class Sizes:
     """(rings, steps, step_bits, window_bits)."""
 
 
+BATCHES = (1, 2, 3, 4, 7, 8, 16, 17)
+"""Each vector kernel alone and repeated, all of them together, and the first batch beyond them."""
+
 SMALL = (
     Sizes(
         weights=((20, 90),),
@@ -42,6 +45,7 @@ SMALL = (
         rotations=((7, 1), (48, 12), (80, 40), (64, 64), (512, 256)),
         rings=((5, 32, 5, 6), (1, 32, 8, 8), (2, 32, 1, 3)),
     ),
+    Sizes(weights=((9, 40),), step_bits=((3,),), bits=((3,),), batches=BATCHES, dtypes=(torch.float32,)),
 )
 
 EVERY_STEP = (*((bits,) for bits in range(3, 13)), (4, 5), (7, 6), (12, 3))
@@ -51,7 +55,7 @@ EVERY_DTYPE = (torch.float32, torch.float16, torch.bfloat16)
 FULL = (
     *SMALL,
     Sizes(weights=((100, 1000),), step_bits=EVERY_STEP, bits=EVERY_BITS, batches=(1, 3, 17)),
-    Sizes(weights=((1024, 4096),), step_bits=((6,), (4, 5)), bits=((3,), (2, 3)), batches=(1, 2, 3, 4, 8, 16, 17), dtypes=EVERY_DTYPE),
+    Sizes(weights=((1024, 4096),), step_bits=((6,), (4, 5)), bits=((3,), (2, 3)), batches=BATCHES, dtypes=EVERY_DTYPE),
     Sizes(weights=((16, 16), (64, 14336), (4096, 512)), step_bits=((5,), (5, 6)), bits=((4,), (3, 4)), batches=(1, 3)),
     Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), window_bits=(12, 20), batches=(1, 3)),
     Sizes(rotations=((576, 576), (1184, 1184), (4096, 4096), (14336, 14336), (4096, 256), (65536, 32768), (11008, 256))),
@@ -76,7 +80,8 @@ def cases(groups: tuple[Sizes, ...]) -> Iterator[tuple[str, Check]]:
             name = f"encode {rings} rings of {steps} steps of {step_bits} bits, window {window_bits}"
             yield name, partial(_check_encoder, rings, steps, step_bits, window_bits)
     yield "encode in several groups of states", _check_groups
-    yield "splits of the input axis", _check_splits
+    for family in ("trellis", "scalar"):
+        yield f"splits of the input axis, {family}", partial(_check_splits, family)
     yield "rows of a larger weight", _check_row_range
     yield "strided activation", _check_strided
 
@@ -145,16 +150,17 @@ def _check_groups(device: str) -> None:
         viterbi.STATES = states
 
 
-def _check_splits(device: str) -> None:
-    """The second stage gives what one stage gives."""
-    weight = packed("trellis", 20, 1030, [4], device=device)
-    x = torch.randn(1, 1030, device=device)
-    choose = trellis.choose_launch
+def _check_splits(family: str, device: str) -> None:
+    """The second stage gives what one stage gives, for more than one launch."""
+    weight = packed(family, 20, 1030, [4], device=device)
+    x, bias = torch.randn(3, 1030, device=device), torch.randn(20, device=device)
+    module = trellis if family == "trellis" else scalar
+    choose = module.choose_launch
     try:
-        trellis.choose_launch = lambda *_, **__: launch.Launch(warps=4, splits=3)  # type: ignore[attr-defined]
-        assert_close(_run_linear(weight, x, None), _expected(weight, x, None))
+        module.choose_launch = lambda *_, **__: launch.Launch(warps=4, splits=3)  # type: ignore[attr-defined]
+        assert_close(_run_linear(weight, x, bias), _expected(weight, x, bias))
     finally:
-        trellis.choose_launch = choose  # type: ignore[attr-defined]
+        module.choose_launch = choose  # type: ignore[attr-defined]
 
 
 def _check_row_range(device: str) -> None:
@@ -166,5 +172,5 @@ def _check_row_range(device: str) -> None:
 
 def _check_strided(device: str) -> None:
     weight = packed("scalar", 20, 40, [3], device=device)
-    x = torch.randn(40, 3, device=device).T
-    assert_close(_run_linear(weight, x, None), _expected(weight, x, None))
+    for x in (torch.randn(40, 3, device=device).T, torch.randn(3, 50, device=device)[:, :40]):
+        assert_close(_run_linear(weight, x, None), _expected(weight, x, None))

@@ -37,10 +37,6 @@ def vector(bits: tuple[int, int], batch: int, warps: int) -> Case:
     return f"trellis vector {bits} batch {batch}", trellis._vector_kernel, activations("*bf16"), constants, warps
 
 
-def matrix(bits: tuple[int, int], dot: str, dtype: str) -> Case:
-    return f"trellis matrix {bits} {dot}", trellis._matrix_kernel, activations(dtype), trellis_constants(bits, DOT=dot, COLUMNS=4), 4
-
-
 def rotation(base: int, power: int, members: int, warps: int) -> Case:
     types = {"x": "*bf16", "signs": "*u8", "matrix": "*i8", "out": "*bf16", "norm": "fp32"}
     constants = {"BASE": base, "POWER": power, "STAGES": power.bit_length() - 1, "MEMBERS": members}
@@ -64,10 +60,9 @@ TRELLIS_DECODE = {"STEP_BITS": 6, "WINDOW_BITS": 16, "UNIT": 0.007, "COLUMNS": 8
 
 KERNELS: list[Case] = [
     *(vector(*each) for each in (((6, 0), 1, 8), ((11, 12), 1, 16), ((7, 0), 4, 16))),
-    *(matrix(*each) for each in (((6, 0), "float16", "*fp16"), ((5, 6), "tf32", "*bf16"), ((12, 0), "tf32x2", "*fp32"))),
     ("trellis dequantize", trellis._dequantize_kernel, DECODED, TRELLIS_DECODE, 4),
     ("scalar vector", scalar._vector_kernel, activations("*bf16"), scalar_constants((3, 8), BATCH=1, LANES=512), 16),
-    ("scalar matrix", scalar._matrix_kernel, activations("*bf16"), scalar_constants((3, 8), DOT="tf32", COLUMNS=4), 4),
+    ("scalar vector batch 4", scalar._vector_kernel, activations("*bf16"), scalar_constants((3, 8), BATCH=4, LANES=512), 16),
     ("scalar dequantize", scalar._dequantize_kernel, DECODED, {"BITS": 3, "COLUMNS": 8}, 4),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
