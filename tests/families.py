@@ -180,4 +180,6 @@ def copied(program: Program) -> Program:
         excluded=dict(program.excluded),
         remarks=list(program.remarks),
         packed=dict(program.packed),
+        decisions=dict(program.decisions),
+        history=list(program.history),
     )

@@ -8,7 +8,6 @@ from qpc.ir.printer import to_dot, to_json, to_text
 from qpc.ir.program import Program
 from qpc.ir.verifier import verify
 from qpc.passes.base import Pass, PassResult
-from qpc.progress import Progress, silent, track
 from qpc.settings import Settings
 
 _PRINTERS = {"txt": to_text, "json": to_json, "dot": to_dot}
@@ -20,7 +19,7 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
-    def run(self, program: Program, *, progress: Progress = silent, dump: Path | None = None) -> dict[str, PassResult]:
+    def run(self, program: Program, *, dump: Path | None = None) -> dict[str, PassResult]:
         """Run every pass on `program` in place: what each did, by its name.
 
         The verifier runs before the first pass and after each. Remarks are collected in `program.remarks`.
@@ -37,7 +36,7 @@ class Pipeline:
         if not program.history:
             _write(program, dump, f"00_{program.stage.name.lower()}")
         results: dict[str, PassResult] = {}
-        for step in track(self.passes, "passes", len(self.passes), progress):
+        for step in self.passes:
             try:
                 result = step.run(program)
             except Exception as error:
