@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from qpc.errors import CaptureError, ModelError
 from qpc.ir.inline import inline_regions
 from qpc.ir.program import Program, named_tensors
-from qpc.ir.values import mutated
+from qpc.ir.values import mutated, remove_dead_code
 
 OUTPUT_HEAD = "the output head stays as it is"
 EMBEDDING = "its weight is also that of an embedding"
@@ -203,7 +203,7 @@ def _program(model: nn.Module, exported: ExportedProgram) -> Program:
     for node in list(graph.nodes):
         if node.target in _TRACE_CHECKS:
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     written = sorted(tensors[node.name] for node in mutated(graph) if node.name in tensors)
     if written:
         raise CaptureError(f"the forward of the model writes to {', '.join(written)}; a captured model must not change its own state")

@@ -120,3 +120,11 @@ def _key(argument: Any, same: dict[fx.Node, fx.Node]) -> Hashable:
     if isinstance(argument, slice):
         return ("slice", *(_key(item, same) for item in (argument.start, argument.stop, argument.step)))
     return type(argument), argument
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Erase nodes whose values nothing needs, but none that opens or closes a level of `vmap`.
+
+    Some versions of transformers build attention masks by `vmap`, which a captured graph holds as calls that return nothing.
+    """
+    graph.eliminate_dead_code(lambda node: node.is_impure() or getattr(node.target, "__module__", None) == "torch._functorch.predispatch")

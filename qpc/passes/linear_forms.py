@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qpc.ir.annotation import fake_value
 from qpc.ir.linear import LINEAR, rank, stored_weight
 from qpc.ir.program import Program, named_tensors
+from qpc.ir.values import remove_dead_code
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ def rewrite_linears(program: Program) -> None:
     _inline_linear_modules(program)
     for node in list(program.graph.nodes):
         _to_linear(program, node)
-    program.graph.eliminate_dead_code()
+    remove_dead_code(program.graph)
 
 
 def _inline_linear_modules(program: Program) -> None:
