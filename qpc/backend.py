@@ -135,7 +135,7 @@ def _decided(owner: nn.Module, options: Options) -> Program | None:
 @contextmanager
 def _outside_dynamo() -> Iterator[None]:
     """Work that captures or runs graphs of its own must not see the trace that Dynamo is in the middle of."""
-    with torch._guards.tracing(None), torch._C.DisableTorchFunction(), torch.enable_grad():
+    with torch._guards.tracing(None), torch.enable_grad():
         yield
 
 
