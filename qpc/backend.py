@@ -118,7 +118,7 @@ def _name_sources(graph_module: fx.GraphModule) -> None:
 
 def _decided(owner: nn.Module, options: Options) -> Program | None:
     """The program of the whole module at QUANTIZED, made once; None if the module cannot be captured on its own."""
-    key = (options, tuple(parameter._version for parameter in owner.parameters()))
+    key = (options, tuple((parameter.data_ptr(), parameter._version) for parameter in owner.parameters()))
     known: tuple[object, Program | None] | None = owner.__dict__.get(CACHE)
     if known is not None and known[0] == key:
         return known[1]

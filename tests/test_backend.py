@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+import qpc
 from qpc import backend
 from qpc.errors import BudgetError, SettingsError
 from qpc.ir.annotation import annotation
@@ -49,6 +50,20 @@ def test_a_new_shape_does_not_pack_again(monkeypatch: pytest.MonkeyPatch) -> Non
     for length in (5, 8, 13):
         logits(compiled, TOKENS[:, :length])
     assert len(built) == 1
+
+
+def test_other_weights_are_packed_anew() -> None:
+    """A weight that was exchanged without its version moving: by assignment, or by a move to another device."""
+    model = FAMILIES["llama"]().eval()
+    before = logits(torch.compile(model, backend="qpalette", options=OPTIONS))
+    weight = model.get_submodule("model.layers.0.mlp.down_proj").weight
+    version = weight._version
+    weight.data = 5 * weight.data.flip(0)
+    assert weight._version == version
+    torch.compiler.reset()
+    after = logits(torch.compile(model, backend="qpalette", options=OPTIONS))
+    assert not torch.equal(before, after)
+    assert torch.allclose(after, logits(qpc.compile(model, budget=BUDGET, effort="fast")), rtol=1e-4, atol=1e-5)
 
 
 def test_groups_run_as_one_operator_behind_one_rotation() -> None:

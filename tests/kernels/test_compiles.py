@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 from qpc.kernels import epilogue, hadamard, scalar, trellis, viterbi
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage

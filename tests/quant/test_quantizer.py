@@ -18,7 +18,7 @@ from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="the CPU encoder is compiled by numba")
 
 PALETTE = default_palette(Effort.FAST).quantizers
 SCALE_ERROR = 2.7e-6

@@ -8,7 +8,7 @@ from qpc.quant.bitstring import ring_windows
 from qpc.quant.codebook import CODE_DEVIATION, codebook
 from qpc.quant.viterbi import encode_rings, search_rings
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="the CPU encoder is compiled by numba")
 
 
 def windows_of(symbols: NDArray[np.uint16], step_bits: int, window_bits: int) -> NDArray[np.int64]:
