@@ -26,7 +26,7 @@ from qpc.compiler import report_of
 from qpc.errors import CheckpointError
 from qpc.kernels.linear import QuantizedLinear, stack_rows
 from qpc.quant import palette
-from qpc.quant.quantizer import TILE
+from qpc.quant.layout import BLOCK_ROWS
 from qpc.report import Report
 
 FORMAT = "qpc"
@@ -168,10 +168,10 @@ def regroup(model: nn.Module, plan: Report) -> None:
         codes, scales = stack_rows([linear.packed for linear in linears])
         start = 0
         for linear in linears:
-            rows = linear.scales.numel() // TILE
+            rows = linear.scales.numel() // BLOCK_ROWS
             for index, part in enumerate(codes):
                 setattr(linear, f"codes{index}", part[start : start + rows])
-            linear.scales = scales[start * TILE : (start + rows) * TILE]
+            linear.scales = scales[start * BLOCK_ROWS : (start + rows) * BLOCK_ROWS]
             linear.signs = linears[0].signs
             start += rows
 

@@ -9,7 +9,8 @@ from qpc.ir.linear import LINEAR, stored_weight
 from qpc.ir.program import Program, named_tensors
 from qpc.ir.stage import Stage
 from qpc.ir.values import representatives
-from qpc.quant.quantizer import TILE, PackedWeight, Quantizer, tiles
+from qpc.quant.layout import BLOCK_ROWS, row_blocks
+from qpc.quant.quantizer import PackedWeight, Quantizer
 
 Site = tuple[fx.Node, LinearSite]
 
@@ -168,13 +169,13 @@ def _misfit(site: LinearSite, quantizer: Quantizer, packed: PackedWeight) -> str
         return f"the packed weight is {shape[0]}x{shape[1]}, the site {site.shape}"
     if packed.quantizer != quantizer:
         return f"packed by {packed.quantizer}, allocated to {quantizer}"
-    rows = tiles(packed.out_features)
+    rows = row_blocks(packed.out_features)
     codes = [tuple(part.shape) for part in packed.codes]
-    required = [(rows, columns, part.tile_words) for part, columns in quantizer.parts(packed.in_features)]
+    required = [(rows, columns, part.block_words) for part, columns in quantizer.parts(packed.in_features)]
     if codes != required or any(part.dtype != torch.int32 for part in packed.codes):
         return f"codes are {[(str(part.dtype), tuple(part.shape)) for part in packed.codes]}, int32 {required} is required"
-    if packed.scales.dtype != torch.bfloat16 or tuple(packed.scales.shape) != (rows * TILE,):
-        return f"scales are {packed.scales.dtype} {tuple(packed.scales.shape)}, bfloat16 {(rows * TILE,)} is required"
+    if packed.scales.dtype != torch.bfloat16 or tuple(packed.scales.shape) != (rows * BLOCK_ROWS,):
+        return f"scales are {packed.scales.dtype} {tuple(packed.scales.shape)}, bfloat16 {(rows * BLOCK_ROWS,)} is required"
     if packed.rotation is not None and packed.rotation.features != packed.in_features:
         return f"rotates {packed.rotation.features} inputs of {packed.in_features}"
     return None

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qpc.kernels import ops as _registered  # noqa: F401 - importing it registers torch.ops.qpc
-from qpc.quant.quantizer import TILE, PackedWeight, Quantizer, tiles
+from qpc.quant.layout import BLOCK_ROWS, row_blocks
+from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -26,8 +27,8 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
 class QuantizedLinear(nn.Module):
     """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
 
-    Its buffers are what a checkpoint stores: `codes0` (and `codes1` of a mixed rate) int32 [tile_rows, tile_columns, words], `scales`
-    bfloat16 [tile_rows * 16], `signs` uint8 [ceil(in_features / 8)]; `bias` is a parameter, as it was. `block` is the size of the
+    Its buffers are what a checkpoint stores: `codes0` (and `codes1` of a mixed rate) int32 [row_blocks, column_blocks, words], `scales`
+    bfloat16 [row_blocks * 64], `signs` uint8 [ceil(in_features / 8)]; `bias` is a parameter, as it was. `block` is the size of the
     Hadamard blocks; 0 means that the weight was not rotated.
     """
 
@@ -39,11 +40,11 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.quantizer, self.block = quantizer, block
-        rows = tiles(out_features)
+        rows = row_blocks(out_features)
         self.parts = quantizer.parts(in_features)
         for index, (part, columns) in enumerate(self.parts):
-            self.register_buffer(f"codes{index}", torch.empty(rows, columns, part.tile_words, dtype=torch.int32, device="meta"))
-        self.register_buffer("scales", torch.empty(rows * TILE, dtype=torch.bfloat16, device="meta"))
+            self.register_buffer(f"codes{index}", torch.empty(rows, columns, part.block_words, dtype=torch.int32, device="meta"))
+        self.register_buffer("scales", torch.empty(rows * BLOCK_ROWS, dtype=torch.bfloat16, device="meta"))
         signs = Rotation.bytes_for(in_features) if block else 0
         self.register_buffer("signs", torch.empty(signs, dtype=torch.uint8, device="meta"))
         self.bias = bias
@@ -93,9 +94,9 @@ class QuantizedLinear(nn.Module):
 def stack_rows(weights: Sequence[PackedWeight]) -> tuple[tuple[Tensor, ...], Tensor]:
     """Codes and scales of several weights of one quantizer and one rotation as those of a single one.
 
-    All but the last must have out_features divisible by 16, so that no padding row lies between two members.
+    All but the last must have out_features divisible by 64, so that no padding row lies between two members.
     """
-    assert all(w.out_features % TILE == 0 for w in weights[:-1]), "padding rows inside a group"
+    assert all(w.out_features % BLOCK_ROWS == 0 for w in weights[:-1]), "padding rows inside a group"
     assert len({w.quantizer for w in weights}) == 1, "a group shares one quantizer"
     if len(weights) == 1:
         return weights[0].codes, weights[0].scales

@@ -14,7 +14,8 @@ from torch import Tensor
 from qpc.errors import KernelError
 from qpc.kernels import cpu
 from qpc.kernels.select import Implementation, supports, supports_rotation
-from qpc.quant.quantizer import TILE, UniformQuantizer, tiles
+from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS, column_blocks, row_blocks
+from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -70,8 +71,8 @@ def trellis_linear(
 ) -> Tensor:
     """Multiply by a trellis-coded weight: `x @ w.T + bias`.
 
-    x: [..., in_features], already rotated. codes[i]: int32 [tile_rows, tile_columns_i, 4 * step_bits[i]], parts in the order of the input
-    axis; the last tile column may reach beyond `in_features`. scales: bfloat16 [tile_rows * 16]. bias: [out_features] or None.
+    x: [..., in_features], already rotated. codes[i]: int32 [row_blocks, column_blocks_i, 16 * step_bits[i]], parts in the order of the input
+    axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
     Returns [..., out_features] in the dtype of `x`. Raises `KernelError`.
     """
     quantizers = trellis_parts(step_bits, window_bits)
@@ -98,7 +99,7 @@ def _(
 def scalar_linear(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits: list[int], out_features: int) -> Tensor:
     """Multiply by a scalar-quantized weight: `x @ w.T + bias`.
 
-    As `trellis_linear`, with codes[i] int32 [tile_rows, tile_columns_i, 8 * bits[i]].
+    As `trellis_linear`, with codes[i] int32 [row_blocks, column_blocks_i, 32 * bits[i]].
     """
     quantizers = scalar_parts(bits)
     check_linear(x, codes, scales, bias, quantizers, out_features)
@@ -203,15 +204,17 @@ def check_weight(codes: list[Tensor], scales: Tensor, quantizers: list[UniformQu
     """Raise `KernelError` unless the parts form a packed weight [out_features, in_features]."""
     if not codes or len(codes) != len(quantizers):
         raise KernelError(f"packed weight: {len(codes)} code tensors for {len(quantizers)} parts; required one or more of each")
-    rows = tiles(out_features)
+    rows = row_blocks(out_features)
     for index, (code, quantizer) in enumerate(zip(codes, quantizers, strict=True)):
-        if code.dtype != torch.int32 or code.ndim != 3 or code.shape[0] != rows or code.shape[2] != quantizer.tile_words:
-            shape = f"({rows}, tile columns, {quantizer.tile_words})"
+        if code.dtype != torch.int32 or code.ndim != 3 or code.shape[0] != rows or code.shape[2] != quantizer.block_words:
+            shape = f"({rows}, block columns, {quantizer.block_words})"
             raise KernelError(f"packed weight: codes[{index}] is {code.dtype} {tuple(code.shape)}, required int32 {shape} for {quantizer}")
         if code.device != scales.device:
             raise KernelError(f"packed weight: codes[{index}] is on {code.device}, scales on {scales.device}; move them to one device")
     columns = sum(code.shape[1] for code in codes)
-    if columns != tiles(in_features):
-        raise KernelError(f"packed weight: {columns} tile columns of {TILE} do not fit {in_features=}; required {tiles(in_features)}")
-    if scales.dtype != torch.bfloat16 or scales.ndim != 1 or scales.shape[0] != rows * TILE:
-        raise KernelError(f"packed weight: scales are {scales.dtype} {tuple(scales.shape)}, required bfloat16 ({rows * TILE},)")
+    if columns != column_blocks(in_features):
+        raise KernelError(
+            f"packed weight: {columns} block columns of {BLOCK_COLUMNS} do not fit {in_features=}; required {column_blocks(in_features)}"
+        )
+    if scales.dtype != torch.bfloat16 or scales.ndim != 1 or scales.shape[0] != rows * BLOCK_ROWS:
+        raise KernelError(f"packed weight: scales are {scales.dtype} {tuple(scales.shape)}, required bfloat16 ({rows * BLOCK_ROWS},)")

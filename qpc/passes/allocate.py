@@ -15,8 +15,9 @@ from qpc.ir.annotation import FusionGroup, LinearSite, annotate, annotation
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
+from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.palette import Palette
-from qpc.quant.quantizer import TILE, Quantizer
+from qpc.quant.quantizer import Quantizer
 from qpc.sensitivity import Sensitivities
 from qpc.solver import Allocation, Item, smallest_bytes, solve
 
@@ -130,11 +131,11 @@ class Allocate(Pass):
         for quantizer, members in alike.items():
             if quantizer is None:
                 continue
-            fused = [member for member in members if member == members[-1] or rows[member] % TILE == 0]
+            fused = [member for member in members if member == members[-1] or rows[member] % BLOCK_ROWS == 0]
             chosen |= dict.fromkeys(fused, group.subset(fused))
             for member in members:
                 if member not in fused:
-                    reason = f"out_features={rows[member]} must be divisible by {TILE} unless it is the last of its group"
+                    reason = f"out_features={rows[member]} must be divisible by {BLOCK_ROWS} unless it is the last of its group"
                     remarks.append(self.declined(member, reason))
         return chosen
 

@@ -16,7 +16,7 @@ from qpc.ir.stage import Stage
 from qpc.kernels.linear import operator, stack_rows
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.quantize import site_of
-from qpc.quant.quantizer import TILE
+from qpc.quant.layout import BLOCK_ROWS
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def _view_rows(program: Program, group: FusionGroup, codes: tuple[Tensor, ...], 
     start = 0
     for name in group.members:
         weight = program.packed[name]
-        rows = weight.scales.numel() // TILE
+        rows = weight.scales.numel() // BLOCK_ROWS
         views = tuple(part[start : start + rows] for part in codes)
-        program.packed[name] = replace(weight, codes=views, scales=scales[start * TILE : (start + rows) * TILE])
+        program.packed[name] = replace(weight, codes=views, scales=scales[start * BLOCK_ROWS : (start + rows) * BLOCK_ROWS])
         start += rows
 
 

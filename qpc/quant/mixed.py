@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from qpc.errors import QuantizerError
-from qpc.quant.quantizer import Quantizer, UniformQuantizer, tiles
+from qpc.quant.layout import column_blocks
+from qpc.quant.quantizer import Quantizer, UniformQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 
 
 @dataclass(frozen=True)
 class MixedRateQuantizer(Quantizer):
-    """The first `round(high_share * tile columns)` tile columns are coded by `high`, the others by `low`.
+    """The first `round(high_share * block columns)` block columns are coded by `high`, the others by `low`.
 
     low, high: of one family, `low` at the smaller rate; trellis quantizers of one window length. high_share: between 0 and 1.
     """
@@ -45,7 +46,7 @@ class MixedRateQuantizer(Quantizer):
         return share * self.high.distortion + (1 - share) * self.low.distortion
 
     def parts(self, in_features: int) -> tuple[tuple[UniformQuantizer, int], ...]:
-        columns = tiles(in_features)
+        columns = column_blocks(in_features)
         high = round(self.high_share * columns)
         return tuple((part, width) for part, width in ((self.high, high), (self.low, columns - high)) if width)
 

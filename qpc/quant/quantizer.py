@@ -1,7 +1,7 @@
 """What a quantizer is: the interface, and the value that it makes.
 
-A quantizer works on a *rotated* weight, whose rows are close to Gaussian. Weights are cut into tiles of 16 x 16; each tile is coded on
-its own, so that any range of tile rows or tile columns of a packed weight is a packed weight too.
+A quantizer works on a *rotated* weight, whose rows are close to Gaussian. Weights are cut into the blocks of `layout`; each block is coded
+on its own.
 """
 
 import math
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
+from qpc.quant.feedback import Feedback
+from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS, column_blocks, row_blocks
 from qpc.quant.rotation import Rotation
-
-TILE = 16
-"""Rows and columns of one tile."""
 
 SLAB_WEIGHTS = 1 << 23
 """Weights that are quantized or decoded at a time."""
@@ -27,17 +26,12 @@ RingEncoder = Callable[[Tensor, int, int], Tensor]
 """`encoder(values [rings, steps, 2] float32, step_bits, window_bits) -> words [rings, steps * step_bits / 32] int32`."""
 
 
-def tiles(features: int) -> int:
-    """Number of tiles that cover `features` rows or columns."""
-    return -(-features // TILE)
-
-
 @dataclass(frozen=True)
 class PackedWeight:
     """A quantized weight: everything that is stored of it.
 
-    codes: one tensor per part of the quantizer, int32 [tile_rows, tile_columns, words]; the parts follow each other along the input axis.
-    scales: bfloat16 [tile_rows * 16], one per output row, zero on padding rows. (Eight bits of mantissa cost 3e-6 of distortion; the
+    codes: one tensor per part of the quantizer, int32 [row_blocks, column_blocks, words]; the parts follow each other along the input axis.
+    scales: bfloat16 [row_blocks * 64], one per output row, zero on padding rows. (Eight bits of mantissa cost 3e-6 of distortion; the
         exponent of float32 takes weights of any size.)
     rotation: the transform of the input axis, or None if the weight was quantized as it is.
     """
@@ -82,7 +76,7 @@ class Quantizer(ABC):
     """
 
     family: ClassVar[str]
-    """Name of the operator family that runs it: 'trellis', 'scalar'."""
+    """Name of the operator family that runs it: 'trellis', 'vector', 'scalar'."""
 
     @property
     @abstractmethod
@@ -96,19 +90,20 @@ class Quantizer(ABC):
 
     @abstractmethod
     def parts(self, in_features: int) -> tuple[tuple["UniformQuantizer", int], ...]:
-        """The uniform quantizers along the input axis, each with the number of tile columns that it covers (all positive)."""
+        """The uniform quantizers along the input axis, each with the number of block columns that it covers (all positive)."""
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """Exactly the `nbytes` of a weight of this shape, quantized with a rotation."""
-        rows = tiles(out_features)
-        codes = sum(rows * columns * part.tile_words * 4 for part, columns in self.parts(in_features))
-        return codes + rows * TILE * 2 + Rotation.bytes_for(in_features)
+        rows = row_blocks(out_features)
+        codes = sum(rows * columns * part.block_words * 4 for part, columns in self.parts(in_features))
+        return codes + rows * BLOCK_ROWS * 2 + Rotation.bytes_for(in_features)
 
-    def quantize(self, weight: Tensor, encoder: RingEncoder | None = None) -> PackedWeight:
+    def quantize(self, weight: Tensor, encoder: RingEncoder | None = None, feedback: Feedback | None = None) -> PackedWeight:
         """Quantize a rotated weight.
 
         weight: [out_features, in_features], any float dtype; finite. Rows of zeros are allowed.
         encoder: searches the trellis; by default the compiled CPU encoder.
+        feedback: carries the error of each block of columns into those that are still to be rounded; None rounds all on their own.
 
         Raises `QuantizerError` for a weight that is empty, not finite, or too large for a bfloat16 scale.
         """
@@ -117,7 +112,7 @@ class Quantizer(ABC):
         if not bool(weight.isfinite().all()):
             raise QuantizerError("a weight must be finite, got NaN or infinity")
         out_features, in_features = weight.shape
-        made = [self._quantize_rows(weight[rows], encoder) for rows in _slabs(out_features, in_features)]
+        made = [self._quantize_rows(weight[rows], encoder, feedback) for rows in _slabs(out_features, in_features)]
         codes = tuple(torch.cat(part) for part in zip(*(codes for codes, _ in made), strict=True))
         return PackedWeight(out_features, in_features, self, codes, torch.cat([scales for _, scales in made]))
 
@@ -126,59 +121,84 @@ class Quantizer(ABC):
         parts = self.parts(packed.in_features)
         out = torch.empty(packed.out_features, packed.in_features, device=packed.scales.device)
         for rows in _slabs(packed.out_features, packed.in_features):
-            tile_rows = slice(rows.start // TILE, tiles(rows.stop))
-            unit = torch.cat([part.decode(codes[tile_rows]) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
+            blocks = slice(rows.start // BLOCK_ROWS, row_blocks(rows.stop))
+            unit = torch.cat([part.decode(codes[blocks]) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
             height = rows.stop - rows.start
             out[rows] = unit[:height, : packed.in_features] * packed.scales[rows, None].float()
         return out
 
-    def _quantize_rows(self, weight: Tensor, encoder: RingEncoder | None) -> tuple[list[Tensor], Tensor]:
+    def _quantize_rows(self, weight: Tensor, encoder: RingEncoder | None, feedback: Feedback | None) -> tuple[list[Tensor], Tensor]:
         """Codes of each part and scales of some rows."""
         height, in_features = weight.shape
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         deviation = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64) / math.sqrt(in_features)
-        unit = torch.zeros(tiles(height) * TILE, tiles(in_features) * TILE, device=weight.device)
+        unit = torch.zeros(row_blocks(height) * BLOCK_ROWS, column_blocks(in_features) * BLOCK_COLUMNS, device=weight.device)
         divisor = deviation.to(wide.dtype)
         unit[:height, :in_features] = wide / torch.where(divisor > 0, divisor, 1)[:, None]
-        codes, decoded, start = [], [], 0
-        for part, width in self.parts(in_features):
-            codes.append(part.encode(unit[:, start * TILE : (start + width) * TILE], encoder))
-            decoded.append(part.decode(codes[-1]))
-            start += width
-        # The best scale of each row, given its codes, is a least-squares fit over the columns that exist.
-        made = torch.cat(decoded, dim=1)[:, :in_features]
-        energy = made.square().sum(dim=1, dtype=torch.float64)
-        product = (unit[:, :in_features] * made).sum(dim=1, dtype=torch.float64)
-        scales = torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
+        codes, made = self._round(unit, encoder) if feedback is None else self._round_with_feedback(unit, encoder, feedback)
+        scales = _best_scales(unit[:, :in_features], made[:, :in_features], feedback)
         scales[:height] *= deviation
         scales[height:] = 0
         if not bool((short := scales.bfloat16()).isfinite().all()):
             raise QuantizerError(f"a row of deviation {deviation.max().item():.3g} is too large for a bfloat16 scale; rescale the weight")
         return codes, short
 
+    def _round(self, unit: Tensor, encoder: RingEncoder | None) -> tuple[list[Tensor], Tensor]:
+        """Codes of each part, and what they decode to."""
+        codes, made, start = [], [], 0
+        for part, width in self.parts(unit.shape[1]):
+            codes.append(part.encode(unit[:, start * BLOCK_COLUMNS : (start + width) * BLOCK_COLUMNS], encoder))
+            made.append(part.decode(codes[-1]))
+            start += width
+        return codes, torch.cat(made, dim=1)
+
+    def _round_with_feedback(self, unit: Tensor, encoder: RingEncoder | None, feedback: Feedback) -> tuple[list[Tensor], Tensor]:
+        """The same, block column by block column from the last to the first."""
+        parts = [part for part, width in self.parts(unit.shape[1]) for _ in range(width)]
+        codes: dict[int, Tensor] = {}
+
+        def round_block(index: int, target: Tensor) -> Tensor:
+            codes[index] = parts[index].encode(target, encoder)
+            return parts[index].decode(codes[index])
+
+        made = feedback.round(unit, round_block)
+        joined, start = [], 0
+        for _, width in self.parts(unit.shape[1]):
+            joined.append(torch.cat([codes[start + i] for i in range(width)], dim=1))
+            start += width
+        return joined, made
+
+
+def _best_scales(unit: Tensor, made: Tensor, feedback: Feedback | None) -> Tensor:
+    """The scale of each row that fits `made` to `unit` best, in the metric of the inputs if it is known: float64 [rows]."""
+    seen = made if feedback is None else feedback.weighted(made)
+    energy = (made * seen).sum(dim=1, dtype=torch.float64)
+    product = (unit * seen).sum(dim=1, dtype=torch.float64)
+    return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
+
 
 def _slabs(out_features: int, in_features: int) -> Iterator[slice]:
-    """Whole tile rows of at most about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries."""
-    height = max(1, SLAB_WEIGHTS // (TILE * in_features)) * TILE
+    """Whole block rows of at most about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries."""
+    height = max(1, SLAB_WEIGHTS // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
     for start in range(0, out_features, height):
         yield slice(start, min(start + height, out_features))
 
 
 class UniformQuantizer(Quantizer):
-    """A quantizer of one part: every tile is coded in the same number of words."""
+    """A quantizer of one part: every block is coded in the same number of words."""
 
     @property
     @abstractmethod
-    def tile_words(self) -> int:
-        """32-bit words of one tile."""
+    def block_words(self) -> int:
+        """32-bit words of one block."""
 
     @abstractmethod
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
-        """Code a unit-variance float32 [tile_rows * 16, tile_columns * 16] as int32 [tile_rows, tile_columns, tile_words]."""
+        """Code a unit-variance float32 [row_blocks * 64, column_blocks * 16] as int32 [row_blocks, column_blocks, block_words]."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """Inverse of `encode` up to the distortion: float32 [tile_rows * 16, tile_columns * 16], bit-exact on every device."""
+        """Inverse of `encode` up to the distortion: float32 [row_blocks * 64, column_blocks * 16], bit-exact on every device."""
 
     def parts(self, in_features: int) -> tuple[tuple["UniformQuantizer", int], ...]:
-        return ((self, tiles(in_features)),)
+        return ((self, column_blocks(in_features)),)

@@ -1,7 +1,7 @@
 """Scalar quantization with the levels that are best for a Gaussian (S. Lloyd 1957, J. Max 1960).
 
-The weights of a tile are coded one by one, row by row: weight j lies at bit `j * bits` of the tile's string (see `bitstring`), as the
-index of its level in ascending order. The levels are computed, not stored.
+The weights of a block are coded one by one in the order of `layout`: weight j lies at bit `j * bits` of the block's string (see `bitstring`),
+as the index of its level in ascending order. The levels are computed, not stored.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qpc.errors import QuantizerError
 from qpc.quant.bitstring import pack, ring_windows
-from qpc.quant.quantizer import TILE, RingEncoder, UniformQuantizer
+from qpc.quant.layout import BLOCK_WEIGHTS, from_blocks, to_blocks
+from qpc.quant.quantizer import RingEncoder, UniformQuantizer
 
 MAX_BITS = 8
 
@@ -46,19 +47,16 @@ class ScalarQuantizer(UniformQuantizer):
         return _distortion(self.bits)
 
     @property
-    def tile_words(self) -> int:
-        return TILE * TILE * self.bits // 32
+    def block_words(self) -> int:
+        return BLOCK_WEIGHTS * self.bits // 32
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
-        rows, columns = unit.shape[0] // TILE, unit.shape[1] // TILE
         table = levels(self.bits).to(unit.device)
         nearest = torch.bucketize(unit.contiguous(), (table[1:] + table[:-1]) / 2)
-        return pack(nearest.reshape(rows, TILE, columns, TILE).transpose(1, 2).reshape(rows, columns, TILE * TILE), self.bits)
+        return pack(to_blocks(nearest), self.bits)
 
     def decode(self, codes: Tensor) -> Tensor:
-        rows, columns, _ = codes.shape
-        values = levels(self.bits).to(codes.device)[ring_windows(codes, self.bits, self.bits)]
-        return values.reshape(rows, columns, TILE, TILE).transpose(1, 2).reshape(rows * TILE, columns * TILE)
+        return from_blocks(levels(self.bits).to(codes.device)[ring_windows(codes, self.bits, self.bits)])
 
 
 @cache

@@ -1,8 +1,7 @@
 """Trellis-coded quantization on the bitshift trellis, with a computed code and tail-biting.
 
-Each tile of 16 x 16 weights is one ring: a circular string of `128 * step_bits` bits. Step j (pair j, row-major: row j // 8, columns
-2 (j % 8) and the next) is decoded from the `window_bits` bits that start at bit `j * step_bits`, wrapping at the end of the string.
-The bits of a string lie in 32-bit words as `bitstring` says; the first bit of a window is its least significant.
+Each block is one ring: a circular string of `512 * step_bits` bits. Step j, which is pair j of the block in the order of `layout`, is decoded
+from the `window_bits` bits that start at bit `j * step_bits`, wrapping at the end of the string. The bits of a string lie in 32-bit words as `bitstring` says; the first bit of a window is its least significant.
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from qpc.errors import QuantizerError
 from qpc.quant.bitstring import ring_windows
 from qpc.quant.codebook import CODE_DEVIATION, decode_windows
 from qpc.quant.distortion import trellis_distortion
-from qpc.quant.quantizer import TILE, RingEncoder, UniformQuantizer
+from qpc.quant.layout import BLOCK_WEIGHTS, from_blocks, to_blocks
+from qpc.quant.quantizer import RingEncoder, UniformQuantizer
 from qpc.quant.viterbi import encode_rings
 
-STEPS = TILE * TILE // 2
+STEPS = BLOCK_WEIGHTS // 2
 """Pairs of weights in one ring."""
 
 MIN_STEP_BITS, MAX_STEP_BITS = 3, 12
@@ -62,7 +62,7 @@ class TrellisQuantizer(UniformQuantizer):
         return trellis_distortion(self.step_bits, self.window_bits)
 
     @property
-    def tile_words(self) -> int:
+    def block_words(self) -> int:
         return STEPS * self.step_bits // 32
 
     @property
@@ -71,12 +71,11 @@ class TrellisQuantizer(UniformQuantizer):
         return 1 / (CODE_DEVIATION * SPREAD[self.step_bits - MIN_STEP_BITS])
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
-        rows, columns = unit.shape[0] // TILE, unit.shape[1] // TILE
-        rings = unit.reshape(rows, TILE, columns, TILE).transpose(1, 2).reshape(rows * columns, STEPS, 2)
-        words = (encoder or encode_rings)(rings / self.unit, self.step_bits, self.window_bits)
-        return words.reshape(rows, columns, self.tile_words)
+        blocks = to_blocks(unit)
+        rings = blocks.reshape(-1, STEPS, 2) / self.unit
+        words = (encoder or encode_rings)(rings, self.step_bits, self.window_bits)
+        return words.reshape(*blocks.shape[:2], self.block_words)
 
     def decode(self, codes: Tensor) -> Tensor:
-        rows, columns, _ = codes.shape
         values = decode_windows(ring_windows(codes, self.step_bits, self.window_bits)).float() * self.unit
-        return values.reshape(rows, columns, TILE, TILE).transpose(1, 2).reshape(rows * TILE, columns * TILE)
+        return from_blocks(values.flatten(-2))

@@ -1,0 +1,110 @@
+"""Error feedback: block LDLQ, rounding in the metric of the inputs.
+
+With H the second moment of the inputs, an error E of the weight costs tr(E H E^T). Let H = L L^T with L lower triangular, and cut both into
+blocks of columns. Then E L has the blocks
+
+    (E_j + sum over i > j of E_i B_ij) L_jj,    B_ij = L_ij L_jj^-1,
+
+so if the blocks are rounded from the last to the first, each towards W_j + sum of E_i B_ij, only the rounding errors of single blocks are
+left, weighed by L_jj. (LDLQ: QuIP, arXiv 2307.13304, section 3; in blocks: QuIP#, arXiv 2402.04396, section 4.)
+
+Damping, H + d mean(diag H) I, is chosen by what would be left on samples that H has not seen. For rounding errors that are white, that
+is tr(U^-1 H' U^-T) / tr(H') with U the unit lower triangular matrix of the blocks B and H' the moment of those samples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpc.errors import QuantizerError
+from qpc.quant.layout import BLOCK_COLUMNS, column_blocks
+
+DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Candidates, relative to the mean of the diagonal."""
+
+DEFAULT_DAMPING = 1e-2
+"""Where there are no held-out samples (the value of GPTQ, arXiv 2210.17323, section 3)."""
+
+RoundBlock = Callable[[int, Tensor], Tensor]
+"""`round_block(index, target [rows, 16]) -> made [rows, 16]`."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the error of each block of columns is carried into those before it.
+
+    carry: float32 [columns, columns], columns a multiple of 16: B below the diagonal blocks, zero elsewhere.
+    metric: float32 [in_features, in_features], the damped moment.
+    damping: relative to the mean of the moment's diagonal.
+    expected_share: the error that is left of white rounding errors, over the error without feedback; on held-out samples if there were any.
+    """
+
+    carry: Tensor
+    metric: Tensor
+    damping: float
+    expected_share: float
+
+    @staticmethod
+    def of(moment: Tensor, held_out: Tensor | None = None, dampings: Sequence[float] = DAMPINGS) -> "Feedback":
+        """Factor a second moment.
+
+        moment: [in_features, in_features], symmetric and positive semidefinite up to rounding; any rank. held_out: the moment of samples
+        that `moment` does not contain, by which the damping is chosen among `dampings`.
+
+        Raises `QuantizerError` if the moment is not square or not finite.
+        """
+        if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not bool(moment.isfinite().all()):
+            raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(moment.shape)}")
+        wide = moment.double()
+        mean = wide.diagonal().mean()
+        if not mean > 0:  # inputs that are always zero: nothing to weigh by
+            wide, mean = torch.eye(len(moment), dtype=torch.float64, device=moment.device), torch.ones(())
+        judge = wide if held_out is None or not held_out.diagonal().sum() > 0 else held_out.double()
+        trials = (DEFAULT_DAMPING,) if judge is wide else dampings
+        found = min((_factor(wide, float(mean), damping, judge) for damping in trials), key=lambda each: each.expected_share)
+        return found
+
+    def round(self, unit: Tensor, round_block: RoundBlock) -> Tensor:
+        """Round a matrix [rows, columns] block by block from the last to the first, each towards its own values plus the carried error."""
+        made, error = torch.empty_like(unit), torch.zeros_like(unit)
+        for index in reversed(range(unit.shape[1] // BLOCK_COLUMNS)):
+            here, later = slice(index * BLOCK_COLUMNS, (index + 1) * BLOCK_COLUMNS), slice((index + 1) * BLOCK_COLUMNS, None)
+            target = torch.addmm(unit[:, here], error[:, later], self.carry[later, here])
+            made[:, here] = round_block(index, target)
+            error[:, here] = unit[:, here] - made[:, here]
+        return made
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """`rows @ metric`: float32 [rows, in_features]."""
+        return rows @ self.metric
+
+
+def weighted_error(weight: Tensor, made: Tensor, moment: Tensor) -> float:
+    """tr(E H E^T) over tr(W H W^T), E = weight - made, [rows, in_features] all: the relative squared error of the output. 0 for W = 0."""
+    error = weight - made
+    total = float((weight @ moment * weight).sum(dtype=torch.float64))
+    return float((error @ moment * error).sum(dtype=torch.float64)) / total if total > 0 else 0.0
+
+
+def _factor(moment: Tensor, mean: float, damping: float, judge: Tensor) -> Feedback:
+    """The feedback at one damping, raised tenfold as long as the damped moment cannot be factored. Float64 inside."""
+    features = len(moment)
+    columns = column_blocks(features) * BLOCK_COLUMNS
+    eye = torch.eye(features, dtype=torch.float64, device=moment.device)
+    while True:
+        damped = moment + damping * mean * eye
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        damping *= 10
+    padded = torch.eye(columns, dtype=torch.float64, device=moment.device)
+    padded[:features, :features] = lower
+    diagonal = torch.block_diag(*(padded[i : i + BLOCK_COLUMNS, i : i + BLOCK_COLUMNS] for i in range(0, columns, BLOCK_COLUMNS)))
+    unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
+    inverse = torch.linalg.solve_triangular(unit, torch.eye(columns, dtype=torch.float64, device=moment.device), upper=False)
+    inverse = inverse[:features, :features]
+    share = float((inverse @ judge * inverse).sum() / judge.diagonal().sum())
+    carry = unit - torch.eye(columns, dtype=torch.float64, device=moment.device)
+    return Feedback(carry.float(), damped.float(), damping, share)
