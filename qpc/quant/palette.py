@@ -10,22 +10,26 @@ from qpc.errors import QuantizerError
 from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import Quantizer, UniformQuantizer
 from qpc.quant.scalar import MAX_BITS, ScalarQuantizer
-from qpc.quant.trellis import MAX_STEP_BITS, MIN_STEP_BITS, TrellisQuantizer
+from qpc.quant.trellis import MAX_STEP_BITS, MAX_WINDOW_BITS, MIN_STEP_BITS, TrellisQuantizer
 
 QUARTER = Fraction(1, 4)
 
 
 class Effort(Enum):
-    """How long the encoder may search: the window length of the trellis. Each step of two bits costs four times as much."""
+    """How long the encoder may search: the bits by which a window of the trellis is longer than its step. One more takes twice as long."""
 
-    FAST = 12
-    DEFAULT = 16
-    HIGH = 18
-    MAX = 20
+    FAST = 9
+    DEFAULT = 13
+    HIGH = 14
+    MAX = 15
 
-    @property
-    def window_bits(self) -> int:
-        return self.value
+    def window_bits(self, step_bits: int) -> int:
+        """The window at this many bits per step of two weights."""
+        return min(step_bits + self.value, MAX_WINDOW_BITS)
+
+    def trellis(self, step_bits: int) -> TrellisQuantizer:
+        """The trellis quantizer of this many bits per step of two weights."""
+        return TrellisQuantizer(step_bits, self.window_bits(step_bits))
 
     def __str__(self) -> str:
         """The name that `parse` reads back."""
@@ -62,15 +66,26 @@ class Palette:
 
 
 def default_palette(effort: Effort = Effort.DEFAULT) -> Palette:
-    """The least distortion at every quarter bit from 1.5 to 8: trellis codes at the lower rates, scalar ones at the upper."""
-    trellis = [TrellisQuantizer(step_bits, effort.window_bits) for step_bits in range(MIN_STEP_BITS, MAX_STEP_BITS + 1)]
+    """The least distortion at every quarter bit from 1 to 8: trellis codes at the lower rates, scalar ones at the upper."""
+    trellis = [effort.trellis(step_bits) for step_bits in range(MIN_STEP_BITS, MAX_STEP_BITS + 1)]
     scalar = [ScalarQuantizer(bits) for bits in range(1, MAX_BITS + 1)]
-    lowest, highest = trellis[0].rate, scalar[-1].rate
-    candidates = [q for q in (*_with_mixtures(trellis), *_with_mixtures(scalar)) if lowest <= q.rate <= highest]
     best: dict[Fraction, Quantizer] = {}
-    for candidate in sorted(candidates, key=lambda q: (q.rate, q.distortion)):
+    for candidate in sorted((*_with_mixtures(trellis), *_with_mixtures(scalar)), key=lambda q: (q.rate, q.distortion)):
         best.setdefault(candidate.rate, candidate)
     return Palette(tuple(best.values()))
+
+
+def trellis_at(rate: Fraction, effort: Effort = Effort.DEFAULT) -> Quantizer:
+    """The trellis quantizer of any rate [bits per weight]: a uniform one at half bits, else the two nearest along the input axis.
+
+    Raises `QuantizerError` for a rate that is not from 1 to 6.
+    """
+    lowest, highest = Fraction(MIN_STEP_BITS, 2), Fraction(MAX_STEP_BITS, 2)
+    if not lowest <= rate <= highest:
+        raise QuantizerError(f"{rate=!s} must be from {lowest} to {highest} bits per weight")
+    step_bits = int(2 * rate)
+    low = effort.trellis(step_bits)
+    return low if low.rate == rate else MixedRateQuantizer(low, effort.trellis(step_bits + 1), 2 * rate - step_bits)
 
 
 def _with_mixtures(ladder: list[TrellisQuantizer] | list[ScalarQuantizer]) -> list[Quantizer]:

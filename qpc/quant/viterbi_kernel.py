@@ -1,12 +1,12 @@
-"""The compiled search of one block of rings. Imports numba; everything else reaches it through `viterbi`.
+"""The compiled search of one ring. Imports numba; everything else reaches it through `viterbi`.
 
 A state is a window s of L bits; its low k bits are the symbol of its step, its upper L - k bits are the low bits of the next window. With
 u = s >> k, the best cost of a walk that ends in any window of suffix u is
 
     m[u] = min over r of  m_before[s mod 2^(L-k)] + |c(s) - x|^2,   s = u 2^k + r,
 
-so that the only array carried from step to step is m. The lanes of a vector are independent rings, which share the code points. No
-back-pointers are kept: the traceback searches the 2^k branches of one state again.
+so that the only array carried from step to step is m. The symbols r that are tried are those of `neighbours`. The lanes of a vector are
+suffixes; the symbol that won is kept for each suffix and step, so the traceback only follows it.
 """
 
 from typing import Any
@@ -19,151 +19,159 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
-LANES = 32
-"""Rings searched together: two vectors of 512 bits, or four of 256."""
-
 FAR = np.float32(1e30)
 """Cost of a state that the walk may not pass."""
 
+LANES = 16
+"""Suffixes of one vector."""
+
 
 @intrinsic
-def _advance(typing_context: Any, before: Any, after: Any, table: Any, values: Any, step_bits: Any, window_bits: Any) -> Any:
-    """One step for all states: `after = m(before)`, both [2^(L-k), LANES] float32; table and values as `search_block` takes them."""
+def _advance_vectors(
+    typing_context: Any, before: Any, after: Any, won: Any, symbols: Any, points: Any, cell: Any, x: Any, y: Any, step_bits: Any
+) -> Any:
+    """`_advance` for a multiple of LANES suffixes. Written out, since a compiler cannot know that the gathered array is not stored to."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        word, real = ir.IntType(64), ir.FloatType()
-        vector = ir.VectorType(real, LANES)
-        arrays = zip(signature.args[:4], arguments[:4], strict=True)
-        before_data, after_data, table_data, values_data = (
-            make_array(kind)(context, builder, value).data  # type: ignore[no-untyped-call]
-            for kind, value in arrays
-        )
-        k, window = (builder.sext(value, word) if value.type.width < 64 else value for value in arguments[4:])
-        one = ir.Constant(word, 1)
-        suffix = builder.sub(window, k)
-        mask = builder.sub(builder.shl(one, suffix), one)
-        high_bits = builder.select(builder.icmp_signed("<", k, suffix), k, suffix)
-        low_bits = builder.sub(suffix, high_bits)
-        table_rows = [builder.gep(table_data, [builder.mul(builder.shl(one, window), ir.Constant(word, row))]) for row in range(3)]
+        word, half, short, real = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+        wide, floats, shorts = (ir.VectorType(kind, LANES) for kind in (half, real, short))
+        arrays = [make_array(kind)(context, builder, value) for kind, value in zip(signature.args[:5], arguments[:5], strict=True)]  # type: ignore[no-untyped-call]
+        before_data, after_data, won_data, symbols_data, points_data = (array.data for array in arrays)
+        slots, suffixes = (builder.extract_value(arrays[3].shape, axis) for axis in (1, 2))
+        plane = builder.mul(builder.mul(builder.extract_value(arrays[3].shape, 0), slots), suffixes)
+        cell, step_bits = (builder.sext(value, word) if value.type.width < 64 else value for value in (arguments[5], arguments[8]))
 
-        def lanes(data: ir.Value, row: ir.Value) -> ir.Value:
-            return builder.bitcast(builder.gep(data, [builder.mul(row, ir.Constant(word, LANES))]), vector.as_pointer())
+        def constant(kind: Any, values: Any) -> ir.Constant:
+            return ir.Constant(ir.VectorType(kind, LANES), values)
 
-        def load(data: ir.Value, row: ir.Value) -> ir.Value:
-            return builder.load(lanes(data, row), align=64)
+        def splat(value: ir.Value) -> ir.Value:
+            undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+            first = builder.insert_element(undefined, value, ir.Constant(half, 0))
+            return builder.shuffle_vector(first, undefined, constant(half, [0] * LANES))
 
-        def broadcast(row: int, column: ir.Value) -> ir.Value:
-            undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-            scalar = builder.load(builder.gep(table_rows[row], [column]))
-            return builder.shuffle_vector(builder.insert_element(undefined, scalar, ir.Constant(word, 0)), undefined, zeros)
+        def place(data: ir.Value, index: ir.Value, vector: ir.VectorType) -> ir.Value:
+            return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
-        fused = builder.module.declare_intrinsic(f"llvm.fmuladd.v{LANES}f32", (), ir.FunctionType(vector, [vector] * 3))
-        first, second, energy = (load(values_data, ir.Constant(word, row)) for row in range(3))
-        best = cgutils.alloca_once(builder, vector)  # type: ignore[no-untyped-call]
-        with cgutils.for_range(builder, builder.shl(one, low_bits)) as low, cgutils.for_range(builder, builder.shl(one, high_bits)) as high:
-            builder.store(ir.Constant(vector, [float(FAR)] * LANES), best)
-            row = builder.shl(low.index, k)
-            code = builder.shl(builder.add(builder.shl(low.index, high_bits), high.index), k)
-            with cgutils.for_range(builder, builder.shl(one, k)) as branch:
-                cost = load(before_data, builder.and_(builder.add(row, branch.index), mask))
-                column = builder.add(code, branch.index)
-                cost = builder.fadd(cost, broadcast(2, column))
-                cost = builder.call(fused, [broadcast(0, column), first, cost])
-                cost = builder.call(fused, [broadcast(1, column), second, cost])
+        name = f"v{LANES}f32"
+        fused = builder.module.declare_intrinsic(f"llvm.fmuladd.{name}", (), ir.FunctionType(floats, [floats] * 3))
+        pointers = ir.VectorType(real.as_pointer(), LANES)
+        gather_type = ir.FunctionType(floats, [pointers, half, ir.VectorType(ir.IntType(1), LANES), floats])
+        gather = cgutils.get_or_insert_function(builder.module, gather_type, f"llvm.masked.gather.{name}.v{LANES}p0")  # type: ignore[no-untyped-call]
+        all_lanes, nothing = constant(ir.IntType(1), [1] * LANES), ir.Constant(floats, ir.Undefined)
+        words = ir.VectorType(word, LANES)
+        origin = splat(builder.ptrtoint(before_data, word))
+        x_lanes, y_lanes = splat(arguments[6]), splat(arguments[7])
+        mask = splat(builder.trunc(builder.sub(suffixes, ir.Constant(word, 1)), half))
+        shift = splat(builder.trunc(step_bits, half))
+        best, found = (cgutils.alloca_once(builder, kind) for kind in (floats, wide))  # type: ignore[no-untyped-call]
+        lanes, zero = ir.Constant(word, LANES), ir.Constant(word, 0)
+        with cgutils.for_range_slice(builder, zero, suffixes, lanes, inc=True) as (start, _):  # type: ignore[no-untyped-call]
+            own = builder.add(splat(builder.trunc(start, half)), constant(half, list(range(LANES))))
+            base = builder.shl(own, shift)
+            builder.store(constant(real, [float(FAR)] * LANES), best)
+            builder.store(constant(half, [0] * LANES), found)
+            with cgutils.for_range(builder, slots) as slot:
+                row = builder.add(builder.mul(cell, slots), slot.index)
+                at = builder.add(builder.mul(row, suffixes), start)
+                symbol = builder.zext(builder.load(place(symbols_data, at, shorts), align=2), wide)
+                source = builder.and_(builder.or_(base, symbol), mask)
+                offsets = builder.shl(builder.zext(source, words), constant(word, [2] * LANES))
+                addresses = builder.inttoptr(builder.add(origin, offsets), pointers)
+                cost = builder.call(gather, [addresses, ir.Constant(half, 4), all_lanes, nothing])
+                for offset, target in ((zero, x_lanes), (plane, y_lanes)):
+                    short_values = builder.load(place(points_data, builder.add(at, offset), shorts), align=2)
+                    away = builder.fsub(builder.sitofp(short_values, floats), target)
+                    cost = builder.call(fused, [away, away, cost])
                 held = builder.load(best)
-                builder.store(builder.select(builder.fcmp_ordered("<", cost, held), cost, held), best)
-            target = builder.or_(builder.shl(high.index, low_bits), low.index)
-            builder.store(builder.fadd(builder.load(best), energy), lanes(after_data, target), align=64)
+                better = builder.fcmp_ordered("<", cost, held)
+                builder.store(builder.select(better, cost, held), best)
+                builder.store(builder.select(better, symbol, builder.load(found)), found)
+            builder.store(builder.load(best), place(after_data, start, floats), align=4)
+            builder.store(builder.trunc(builder.load(found), shorts), place(won_data, start, shorts), align=2)
         return context.get_dummy_value()
 
-    return types.void(before, after, table, values, step_bits, window_bits), generate
+    return types.void(before, after, won, symbols, points, cell, x, y, step_bits), generate
 
 
 @njit(nogil=True, cache=True)
-def _trace(
-    history: NDArray[np.float32],
-    table: NDArray[np.float32],
-    values: NDArray[np.float32],
+def _advance(
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    won: NDArray[np.uint16],
     symbols: NDArray[np.uint16],
-    lane: int,
-    suffix: np.int64,
-    first: int,
-    last: int,
+    points: NDArray[np.int16],
+    cell: np.int32,
+    x: np.float32,
+    y: np.float32,
     step_bits: int,
-    window_bits: int,
-) -> np.int64:
-    """Walk one ring back from `suffix` after step `last` to the suffix before step `first`; writes the symbols that it passes."""
-    suffix_bits = window_bits - step_bits
-    high_bits = min(step_bits, suffix_bits)
-    low_bits = suffix_bits - high_bits
-    mask = (1 << suffix_bits) - 1
-    for step in range(last - 1, first - 1, -1):
-        low, high = suffix & ((1 << low_bits) - 1), suffix >> low_bits
-        code = ((low << high_bits) + high) << step_bits
-        x, y = values[step, 0, lane], values[step, 1, lane]
-        best, symbol = FAR, 0
-        for r in range(1 << step_bits):
-            before = history[step, ((low << step_bits) + r) & mask, lane]
-            cost = before + table[2, code + r] + table[0, code + r] * x + table[1, code + r] * y
-            if cost < best:
-                best, symbol = cost, r
-        symbols[lane, step] = symbol
-        suffix = ((low << step_bits) + symbol) & mask
-    return suffix
-
-
-@njit(nogil=True, cache=True)
-def _forward(
-    history: NDArray[np.float32], table: NDArray[np.float32], values: NDArray[np.float32], steps: int, step_bits: int, window_bits: int
 ) -> None:
-    """Fill `history[1 : steps + 1]` from `history[0]`."""
-    for step in range(steps):
-        _advance(history[step], history[step + 1], table, values[step], step_bits, window_bits)  # type: ignore[call-arg]
+    """One step for all suffixes: `after = m(before)`, the winning symbols in `won`; symbols and points as `search_ring` takes them."""
+    _, slots, suffixes = symbols.shape
+    if suffixes % LANES == 0:
+        _advance_vectors(before, after, won, symbols, points, cell, x, y, step_bits)  # type: ignore[call-arg]
+        return
+    for u in range(suffixes):
+        after[u] = FAR
+        won[u] = 0
+        for slot in range(slots):
+            symbol = symbols[cell, slot, u]
+            across, along = np.float32(points[0, cell, slot, u]) - x, np.float32(points[1, cell, slot, u]) - y
+            cost = before[((u << step_bits) | symbol) & (suffixes - 1)] + across * across + along * along
+            if cost < after[u]:
+                after[u], won[u] = cost, symbol
 
 
 @njit(nogil=True, cache=True)
-def _load(rings: NDArray[np.float32], values: NDArray[np.float32], first: int, steps: int) -> None:
-    """Steps `first ...` of the rings, counted around them, lane by lane as -2 x, -2 y and x^2 + y^2; idle lanes are zero."""
-    values[:] = 0
-    for lane in range(rings.shape[0]):
-        for step in range(steps):
-            x, y = rings[lane, (first + step) % rings.shape[1]]
-            values[step, 0, lane] = -2 * x
-            values[step, 1, lane] = -2 * y
-            values[step, 2, lane] = x * x + y * y
-
-
-@njit(nogil=True, cache=True)
-def search_block(
-    rings: NDArray[np.float32],
-    table: NDArray[np.float32],
+def _walk(
     values: NDArray[np.float32],
-    history: NDArray[np.float32],
+    cells: NDArray[np.int32],
     symbols: NDArray[np.uint16],
+    points: NDArray[np.int16],
+    costs: NDArray[np.float32],
+    history: NDArray[np.uint16],
+    first: int,
+    steps: int,
+    step_bits: int,
+) -> NDArray[np.float32]:
+    """Steps `first ...` of a ring, counted around it, from the costs `costs[0]`; returns the costs after the last."""
+    ring_steps = len(values)
+    for step in range(steps):
+        at = (first + step) % ring_steps
+        cell, x, y = cells[at], values[at, 0], values[at, 1]
+        before, after = costs[step % 2], costs[(step + 1) % 2]
+        _advance(before, after, history[step], symbols, points, cell, x, y, step_bits)
+    return costs[steps % 2]
+
+
+@njit(nogil=True, cache=True)
+def search_ring(
+    values: NDArray[np.float32],
+    cells: NDArray[np.int32],
+    symbols: NDArray[np.uint16],
+    points: NDArray[np.int16],
+    costs: NDArray[np.float32],
+    history: NDArray[np.uint16],
+    found: NDArray[np.uint16],
     reach: int,
     step_bits: int,
-    window_bits: int,
 ) -> None:
-    """Both passes over at most LANES rings.
+    """Both passes over one ring.
 
-    rings: float32 [rings, steps, 2].
-    table: float32 [3, 2^window_bits], for each window its two code values and their sum of squares, in the order of `_advance`.
-    values: float32 [steps, 3, LANES]; history: float32 [steps + 1, 2^(window_bits - step_bits), LANES]; both are workspace.
-    symbols: uint16 [rings, steps], filled with the low bits of each window.
-    reach: steps of the first pass on either side of the joint.
+    values: float32 [steps, 2]; cells: int32 [steps]; symbols: uint16 [cells, slots, suffixes]; points: int16 [2, cells, slots, suffixes], the
+    code values of the listed windows, in the unit of the values. costs: float32 [2, suffixes]; history: uint16 [steps, suffixes]; both are
+    workspace. found: uint16 [steps], filled with the low bits of each window. reach: steps of the first pass on either side of the joint.
     """
-    steps = rings.shape[1]
-    _load(rings, values, -reach, 2 * reach)
-    history[0] = 0
-    _forward(history, table, values, 2 * reach, step_bits, window_bits)
-    joint = np.empty(rings.shape[0], dtype=np.int64)
-    for lane in range(rings.shape[0]):
-        end = np.argmin(history[2 * reach, :, lane])
-        joint[lane] = _trace(history, table, values, symbols, lane, end, reach, 2 * reach, step_bits, window_bits)
-    _load(rings, values, 0, steps)
-    history[0] = FAR
-    for lane in range(rings.shape[0]):
-        history[0, joint[lane], lane] = 0
-    _forward(history, table, values, steps, step_bits, window_bits)
-    for lane in range(rings.shape[0]):
-        _trace(history, table, values, symbols, lane, joint[lane], 0, steps, step_bits, window_bits)
+    steps, suffixes = len(values), symbols.shape[2]
+    mask = suffixes - 1
+    costs[0] = 0
+    last = _walk(values, cells, symbols, points, costs, history, -reach, 2 * reach, step_bits)
+    suffix = np.argmin(last)
+    for step in range(2 * reach - 1, reach - 1, -1):
+        suffix = ((suffix << step_bits) + history[step, suffix]) & mask
+    joint = suffix
+    costs[0] = FAR
+    costs[0, joint] = 0
+    _walk(values, cells, symbols, points, costs, history, 0, steps, step_bits)
+    for step in range(steps - 1, -1, -1):
+        found[step] = history[step, suffix]
+        suffix = ((suffix << step_bits) + found[step]) & mask
