@@ -28,9 +28,9 @@ class ToyQuantizer(UniformQuantizer):
         return float(self.waste * 2.0 ** (-2 * self.bits))
 
     @property
-    def tile_words(self) -> int:
-        """32-bit words of a tile."""
-        return 8 * self.bits
+    def block_words(self) -> int:
+        """32-bit words of a block."""
+        return 32 * self.bits
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
         """Never called: an allocation codes nothing."""

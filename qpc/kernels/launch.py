@@ -1,8 +1,4 @@
-"""How a multiplication is spread over a GPU. Nothing in a kernel decides this.
-
-No batch up to `MAX_BATCH` uses the tensor cores yet: on an NVIDIA H200 (torch 2.11, Triton 3.6) a kernel that did took 120 us for a
-4096 x 4096 trellis-coded weight and 800 us for 28672 x 4096 with 8 rows of the activation (210 and 1405 us for a scalar-quantized one),
-while two launches of the vector kernel for 4 rows each take 37 and 178 us (38 and 188 us). Batches between 9 and 16 were not timed.
+"""How a multiplication is spread over a GPU. Nothing in a kernel decides this. No batch up to `MAX_BATCH` uses the tensor cores yet.
 """
 
 from collections.abc import Iterator
@@ -41,7 +37,8 @@ def processors(device: torch.device) -> int:
 def choose_launch(programs: int, columns: int, columns_per_warp: int, device: torch.device) -> Launch:
     """Enough warps to hide the latency of memory, and no more lanes than there is work.
 
-    programs: independent programs along the output axis. columns: tile columns of the longest part.
+    programs: independent programs along the output axis. columns: block columns of the longest part.
+    columns_per_warp: block columns that the lanes of a warp hold together.
     """
     warps = 4
     while warps < 16 and programs * warps < 24 * processors(device) and 2 * warps * columns_per_warp <= columns:

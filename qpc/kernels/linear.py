@@ -18,7 +18,7 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
     parts = [part for part, _ in quantizer.parts(in_features)]
     trellis = [part for part in parts if isinstance(part, TrellisQuantizer)]
     if len(trellis) == len(parts):
-        return torch.ops.qpc.trellis_linear.default, ([part.step_bits for part in trellis], trellis[0].window_bits)
+        return torch.ops.qpc.trellis_linear.default, ([part.step_bits for part in trellis], [part.window_bits for part in trellis])
     scalar = [part for part in parts if isinstance(part, ScalarQuantizer)]
     assert len(scalar) == len(parts), f"the parts of {quantizer} are of several families"
     return torch.ops.qpc.scalar_linear.default, ([part.bits for part in scalar],)

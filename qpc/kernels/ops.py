@@ -67,7 +67,7 @@ def _(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 @_operator
 def trellis_linear(
-    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, step_bits: list[int], window_bits: int, out_features: int
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, step_bits: list[int], window_bits: list[int], out_features: int
 ) -> Tensor:
     """Multiply by a trellis-coded weight: `x @ w.T + bias`.
 
@@ -75,24 +75,14 @@ def trellis_linear(
     axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
     Returns [..., out_features] in the dtype of `x`. Raises `KernelError`.
     """
-    quantizers = trellis_parts(step_bits, window_bits)
-    check_linear(x, codes, scales, bias, quantizers, out_features)
-    if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
-    if supports(x.device, x.dtype).require() is Implementation.TRITON:
-        from qpc.kernels.trellis import trellis_linear as triton_linear
-
-        with torch.cuda.device(x.device):
-            return triton_linear(x, codes, scales, bias, step_bits, window_bits, out_features)
-    return cpu.linear(x, codes, scales, bias, quantizers, out_features)
+    return _linear(x, codes, scales, bias, trellis_parts(step_bits, window_bits), out_features)
 
 
 @_fake(trellis_linear)
 def _(
-    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, step_bits: list[int], window_bits: int, out_features: int
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, step_bits: list[int], window_bits: list[int], out_features: int
 ) -> Tensor:
-    check_linear(x, codes, scales, bias, trellis_parts(step_bits, window_bits), out_features)
-    return x.new_empty((*x.shape[:-1], out_features))
+    return _fake_linear(x, codes, scales, bias, trellis_parts(step_bits, window_bits), out_features)
 
 
 @_operator
@@ -101,45 +91,27 @@ def scalar_linear(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor |
 
     As `trellis_linear`, with codes[i] int32 [row_blocks, column_blocks_i, 32 * bits[i]].
     """
-    quantizers = scalar_parts(bits)
-    check_linear(x, codes, scales, bias, quantizers, out_features)
-    if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
-    if supports(x.device, x.dtype).require() is Implementation.TRITON:
-        from qpc.kernels.scalar import scalar_linear as triton_linear
-
-        with torch.cuda.device(x.device):
-            return triton_linear(x, codes, scales, bias, bits, out_features)
-    return cpu.linear(x, codes, scales, bias, quantizers, out_features)
+    return _linear(x, codes, scales, bias, scalar_parts(bits), out_features)
 
 
 @_fake(scalar_linear)
 def _(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits: list[int], out_features: int) -> Tensor:
-    check_linear(x, codes, scales, bias, scalar_parts(bits), out_features)
-    return x.new_empty((*x.shape[:-1], out_features))
+    return _fake_linear(x, codes, scales, bias, scalar_parts(bits), out_features)
 
 
 @_operator
 def trellis_dequantize(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: int, out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """Decode a trellis-coded weight: [out_features, in_features] of `dtype`, in the rotated basis."""
-    quantizers = trellis_parts(step_bits, window_bits)
-    check_weight(codes, scales, quantizers, out_features, in_features)
-    if supports(scales.device, dtype).require() is Implementation.TRITON:
-        from qpc.kernels.trellis import trellis_dequantize as triton_dequantize
-
-        with torch.cuda.device(scales.device):
-            return triton_dequantize(codes, scales, step_bits, window_bits, out_features, in_features, dtype)
-    return cpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
+    return _dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
 
 
 @_fake(trellis_dequantize)
 def _(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: int, out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    check_weight(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features)
-    return scales.new_empty((out_features, in_features), dtype=dtype)
+    return _fake_dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
 
 
 @_operator
@@ -147,25 +119,61 @@ def scalar_dequantize(
     codes: list[Tensor], scales: Tensor, bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """Decode a scalar-quantized weight: [out_features, in_features] of `dtype`, in the rotated basis."""
-    quantizers = scalar_parts(bits)
-    check_weight(codes, scales, quantizers, out_features, in_features)
-    if supports(scales.device, dtype).require() is Implementation.TRITON:
-        from qpc.kernels.scalar import scalar_dequantize as triton_dequantize
-
-        with torch.cuda.device(scales.device):
-            return triton_dequantize(codes, scales, bits, out_features, in_features, dtype)
-    return cpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
+    return _dequantize(codes, scales, scalar_parts(bits), out_features, in_features, dtype)
 
 
 @_fake(scalar_dequantize)
 def _(codes: list[Tensor], scales: Tensor, bits: list[int], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    check_weight(codes, scales, scalar_parts(bits), out_features, in_features)
+    return _fake_dequantize(codes, scales, scalar_parts(bits), out_features, in_features, dtype)
+
+
+def _linear(
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, quantizers: list[UniformQuantizer], out_features: int
+) -> Tensor:
+    """The multiplication by a weight of any family, on the device where it lies."""
+    check_linear(x, codes, scales, bias, quantizers, out_features)
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if supports(x.device, x.dtype).require() is Implementation.TRITON:
+        from qpc.kernels import gpu
+
+        with torch.cuda.device(x.device):
+            return gpu.linear(x, codes, scales, bias, quantizers, out_features)
+    return cpu.linear(x, codes, scales, bias, quantizers, out_features)
+
+
+def _fake_linear(
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, quantizers: list[UniformQuantizer], out_features: int
+) -> Tensor:
+    check_linear(x, codes, scales, bias, quantizers, out_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _dequantize(
+    codes: list[Tensor], scales: Tensor, quantizers: list[UniformQuantizer], out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The decoded weight of any family, on the device where it lies."""
+    check_weight(codes, scales, quantizers, out_features, in_features)
+    if supports(scales.device, dtype).require() is Implementation.TRITON:
+        from qpc.kernels import gpu
+
+        with torch.cuda.device(scales.device):
+            return gpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
+    return cpu.dequantize(codes, scales, quantizers, out_features, in_features, dtype)
+
+
+def _fake_dequantize(
+    codes: list[Tensor], scales: Tensor, quantizers: list[UniformQuantizer], out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    check_weight(codes, scales, quantizers, out_features, in_features)
     return scales.new_empty((out_features, in_features), dtype=dtype)
 
 
-def trellis_parts(step_bits: list[int], window_bits: int) -> list[UniformQuantizer]:
-    """The quantizer of each part."""
-    return [TrellisQuantizer(bits, window_bits) for bits in step_bits]
+def trellis_parts(step_bits: list[int], window_bits: list[int]) -> list[UniformQuantizer]:
+    """The quantizer of each part. Raises `KernelError` if the lists differ in length."""
+    if len(step_bits) != len(window_bits):
+        raise KernelError(f"packed weight: {step_bits=} and {window_bits=} must have one entry for each part")
+    return [TrellisQuantizer(bits, window) for bits, window in zip(step_bits, window_bits, strict=True)]
 
 
 def scalar_parts(bits: list[int]) -> list[UniformQuantizer]:

@@ -13,7 +13,7 @@ from qpc.quant.trellis import TrellisQuantizer
 class MixedRateQuantizer(Quantizer):
     """The first `round(high_share * block columns)` block columns are coded by `high`, the others by `low`.
 
-    low, high: of one family, `low` at the smaller rate; trellis quantizers of one window length. high_share: between 0 and 1.
+    low, high: of one family, `low` at the smaller rate. high_share: between 0 and 1.
     """
 
     low: UniformQuantizer
@@ -21,16 +21,16 @@ class MixedRateQuantizer(Quantizer):
     high_share: Fraction
 
     def __post_init__(self) -> None:
-        if self.low.family != self.high.family or _window(self.low) != _window(self.high):
-            raise QuantizerError(f"{self.low} and {self.high} cannot be mixed: they must be of one family and one window length")
+        if self.low.family != self.high.family:
+            raise QuantizerError(f"{self.low} and {self.high} cannot be mixed: they must be of one family")
         if self.low.rate >= self.high.rate:
             raise QuantizerError(f"{self.low} must have a smaller rate than {self.high}")
         if not 0 < self.high_share < 1:
             raise QuantizerError(f"high_share={self.high_share} must lie between 0 and 1; use a uniform quantizer at the ends")
 
     def __str__(self) -> str:
-        window = _window(self.low)
-        return f"{self.family} {self.rate}" + (f" L{window}" if window else "")
+        windows = dict.fromkeys(part.window_bits for part in (self.low, self.high) if isinstance(part, TrellisQuantizer))
+        return f"{self.family} {self.rate}" + (f" L{'/'.join(map(str, windows))}" if windows else "")
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -49,7 +49,3 @@ class MixedRateQuantizer(Quantizer):
         columns = column_blocks(in_features)
         high = round(self.high_share * columns)
         return tuple((part, width) for part, width in ((self.high, high), (self.low, columns - high)) if width)
-
-
-def _window(quantizer: UniformQuantizer) -> int:
-    return quantizer.window_bits if isinstance(quantizer, TrellisQuantizer) else 0

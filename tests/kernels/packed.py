@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qpc.kernels import ops
-from qpc.quant.quantizer import TILE, UniformQuantizer, tiles
+from qpc.quant.layout import BLOCK_ROWS, column_blocks, row_blocks
+from qpc.quant.quantizer import UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Packed:
     bits: list[int]
     codes: list[Tensor]
     scales: Tensor
-    window_bits: int = 16
+    window_bits: list[int]
 
     @property
     def quantizers(self) -> list[UniformQuantizer]:
         return ops.trellis_parts(self.bits, self.window_bits) if self.family == "trellis" else ops.scalar_parts(self.bits)
 
     @property
-    def format(self) -> tuple[list[int], int] | tuple[list[int]]:
+    def format(self) -> tuple[list[int], ...]:
         """The arguments of the operators that tell the format."""
         return (self.bits, self.window_bits) if self.family == "trellis" else (self.bits,)
 
@@ -37,17 +38,17 @@ class Packed:
 def packed(
     family: str, out_features: int, in_features: int, bits: list[int], window_bits: int = 16, device: str = "cpu", seed: int = 0
 ) -> Packed:
-    """A random weight; its tile columns are shared out evenly to the parts."""
+    """A random weight; its block columns are shared out evenly to the parts, whose windows are `window_bits`, one more, and so on."""
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = tiles(out_features), tiles(in_features)
+    rows, columns = row_blocks(out_features), column_blocks(in_features)
     widths = [columns * (i + 1) // len(bits) - columns * i // len(bits) for i in range(len(bits))]
-    words = [4 * each if family == "trellis" else 8 * each for each in bits]
+    words = [(16 if family == "trellis" else 32) * each for each in bits]
     codes = [
         torch.randint(-(2**31), 2**31, (rows, width, count), generator=generator, dtype=torch.int32).to(device)
         for width, count in zip(widths, words, strict=True)
     ]
-    scales = (0.5 + torch.rand(rows * TILE, generator=generator)).bfloat16().to(device)
-    return Packed(family, out_features, in_features, bits, codes, scales, window_bits)
+    scales = (0.5 + torch.rand(rows * BLOCK_ROWS, generator=generator)).bfloat16().to(device)
+    return Packed(family, out_features, in_features, bits, codes, scales, [window_bits + i for i in range(len(bits))])
 
 
 @contextmanager

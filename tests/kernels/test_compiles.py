@@ -6,35 +6,52 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
-from qpc.kernels import epilogue, hadamard, scalar, trellis, viterbi
+from qpc.kernels import epilogue, gpu, hadamard, viterbi
+from qpc.kernels.gpu import NO_CODE, Code
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int]
 """Name, kernel, types of arguments, constants, warps."""
 
-LINEAR = {"codes_0": "*i32", "codes_1": "*i32", "levels_0": "*fp32", "levels_1": "*fp32", "scales": "*bf16"}
 PLAIN = {"HAS_BIAS": False, "bias": None, "SPLIT": False}
 
 
-def trellis_constants(bits: tuple[int, int], **more: Any) -> dict[str, Any]:
-    units = {"UNIT_0": 0.007, "UNIT_1": 0.007}
-    return {"STEP_BITS_0": bits[0], "STEP_BITS_1": bits[1], "WINDOW_BITS": 16, **units, **PLAIN, **more}
+def trellis(step_bits: int, window_bits: int = 16) -> Code:
+    return Code(step_bits, window_bits, 2, 0.007)
 
 
-def scalar_constants(bits: tuple[int, int], **more: Any) -> dict[str, Any]:
-    return {"BITS_0": bits[0], "BITS_1": bits[1], **PLAIN, **more}
+def table(bits: int, dimension: int) -> Code:
+    return Code(bits, 0, dimension, 1.0)
 
 
-def activations(name: str) -> dict[str, str]:
-    return {**LINEAR, "x": name, "out": name}
+def tables(codes: tuple[Code, ...]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the tables that there are, and None for those that there are not."""
+    kind = "*fp16" if codes[0].dimension == 1 else "*i32"
+    present = {f"table_{i}": kind for i, code in enumerate(codes) if code.bits and not code.window_bits}
+    return present, {f"table_{i}": None for i in range(len(codes)) if f"table_{i}" not in present}
 
 
 WALK = {"values": "*fp32", "history": "*fp32", "joint": "*i32", "symbols": "*i32"}
 
 
-def vector(bits: tuple[int, int], batch: int, warps: int) -> Case:
-    constants = trellis_constants(bits, BATCH=batch, LANES=32 * warps)
-    return f"trellis vector {bits} batch {batch}", trellis._vector_kernel, activations("*bf16"), constants, warps
+def vector(first: Code, second: Code, batch: int, warps: int) -> Case:
+    present, absent = tables((first, second))
+    types = {"x": "*bf16", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "out": "*bf16", **present}
+    constants = {
+        "BITS_0": first.bits, "BITS_1": second.bits, "WINDOW_BITS_0": first.window_bits, "WINDOW_BITS_1": second.window_bits,
+        "UNIT_0": first.unit, "UNIT_1": second.unit, "DIMENSION": first.dimension, "BATCH": batch, "LANES": 32 * warps, **PLAIN, **absent,
+    }  # fmt: skip
+    return f"vector {first} {second} batch {batch}", gpu._vector_kernel, types, constants, warps
+
+
+def dequantize(code: Code) -> Case:
+    present, absent = tables((code,))
+    types = {"codes": "*i32", "scales": "*bf16", "out": "*bf16", **{name[:-2]: kind for name, kind in present.items()}}
+    constants = {
+        "BITS": code.bits, "WINDOW_BITS": code.window_bits, "DIMENSION": code.dimension, "UNIT": code.unit, "COLUMNS": gpu.DECODED_COLUMNS,
+        **{name[:-2]: None for name in absent},
+    }  # fmt: skip
+    return f"dequantize {code}", gpu._dequantize_kernel, types, constants, 4
 
 
 def rotation(base: int, power: int, members: int, warps: int) -> Case:
@@ -54,16 +71,15 @@ def trace(step_bits: int, window_bits: int, free: bool) -> Case:
     return f"trace {step_bits} of {window_bits}", viterbi._trace_kernel, WALK, constants, 1
 
 
-DECODED = {"codes": "*i32", "levels": "*fp32", "scales": "*bf16", "out": "*bf16"}
 SPLITS = {"partial": "*fp32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
-TRELLIS_DECODE = {"STEP_BITS": 6, "WINDOW_BITS": 16, "UNIT": 0.007, "COLUMNS": 8}
 
 KERNELS: list[Case] = [
-    *(vector(*each) for each in (((6, 0), 1, 8), ((11, 12), 1, 16), ((7, 0), 4, 16))),
-    ("trellis dequantize", trellis._dequantize_kernel, DECODED, TRELLIS_DECODE, 4),
-    ("scalar vector", scalar._vector_kernel, activations("*bf16"), scalar_constants((3, 8), BATCH=1, LANES=512), 16),
-    ("scalar vector batch 4", scalar._vector_kernel, activations("*bf16"), scalar_constants((3, 8), BATCH=4, LANES=512), 16),
-    ("scalar dequantize", scalar._dequantize_kernel, DECODED, {"BITS": 3, "COLUMNS": 8}, 4),
+    vector(trellis(6), NO_CODE, 1, 8),
+    vector(trellis(11, 24), trellis(12, 24), 1, 16),
+    vector(trellis(7, 19), NO_CODE, 4, 16),
+    vector(trellis(11, 24), trellis(12, 24), 4, 16),
+    *(vector(table(3, 1), table(8, 1), batch, 16) for batch in (1, 4)),
+    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
     *(walk(*each) for each in ((3, 20), (4, 16), (6, 16), (12, 16))),

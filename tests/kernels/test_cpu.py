@@ -33,11 +33,11 @@ def test_one_copy_serves_many_calls() -> None:
 
 
 def test_views_made_anew_share_a_copy() -> None:
-    weight = packed("trellis", 64, 48, [4])
+    weight = packed("trellis", 128, 48, [4])
     for _ in range(3):
-        part = Packed("trellis", 16, 48, [4], [weight.codes[0][1:2]], weight.scales[16:32])
+        part = Packed("trellis", 64, 48, [4], [weight.codes[0][1:2]], weight.scales[64:128], weight.window_bits)
         check(part, torch.randn(2, 48))
-        assert cpu.cache_bytes() == 4 * 16 * 48
+        assert cpu.cache_bytes() == 4 * 64 * 48
 
 
 def test_copy_dies_with_the_codes() -> None:
@@ -78,7 +78,7 @@ def test_other_scales_with_the_same_codes() -> None:
     weight = packed("trellis", 32, 48, [4])
     x = torch.randn(2, 48)
     for _ in range(20):
-        check(Packed("trellis", 32, 48, [4], weight.codes, torch.rand(32).bfloat16()), x)
+        check(Packed("trellis", 32, 48, [4], weight.codes, torch.rand(64).bfloat16(), weight.window_bits), x)
 
 
 def test_made_in_inference_mode() -> None:

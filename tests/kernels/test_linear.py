@@ -53,9 +53,9 @@ def test_an_empty_module_takes_a_state_dict() -> None:
 
 
 def test_stacked_rows() -> None:
-    first, second = packed(32, seed=1), packed(20, seed=2)
+    first, second = packed(64, seed=1), packed(20, seed=2)
     codes, scales = stack_rows([first, second])
-    whole = replace(first, out_features=52, codes=codes, scales=scales)
+    whole = replace(first, out_features=84, codes=codes, scales=scales)
     assert torch.equal(whole.rotated(), torch.cat([first.rotated(), second.rotated()]))
     with pytest.raises(AssertionError, match="padding"):
         stack_rows([second, first])

@@ -59,10 +59,10 @@ def test_strided_activation() -> None:
 
 
 def test_row_range_is_a_weight() -> None:
-    whole = packed("trellis", 64, 40, [4, 7])
-    part = Packed("trellis", 32, 40, [4, 7], [code[1:3] for code in whole.codes], whole.scales[16:48])
+    whole = packed("trellis", 256, 40, [4, 7])
+    part = Packed("trellis", 128, 40, [4, 7], [code[1:3] for code in whole.codes], whole.scales[64:192], whole.window_bits)
     x = torch.randn(3, 40)
-    assert_close(run(part, x), expected(whole, x)[:, 16:48])
+    assert_close(run(part, x), expected(whole, x)[:, 64:192])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,34 +91,34 @@ def test_opcheck() -> None:
     trellis, scalar = packed("trellis", 33, 100, [5, 6]), packed("scalar", 33, 100, [2, 3])
     bias = torch.randn(33)
     opcheck(ops.rotate, (torch.randn(2, 24), torch.zeros(3, dtype=torch.uint8), 12))
-    opcheck(ops.trellis_linear, (torch.randn(2, 3, 100), trellis.codes, trellis.scales, bias, [5, 6], 16, 33))
+    opcheck(ops.trellis_linear, (torch.randn(2, 3, 100), trellis.codes, trellis.scales, bias, *trellis.format, 33))
     opcheck(ops.scalar_linear, (torch.randn(100), scalar.codes, scalar.scales, None, [2, 3], 33))
-    opcheck(ops.trellis_dequantize, (trellis.codes, trellis.scales, [5, 6], 16, 33, 100, torch.bfloat16))
+    opcheck(ops.trellis_dequantize, (trellis.codes, trellis.scales, *trellis.format, 33, 100, torch.bfloat16))
     opcheck(ops.scalar_dequantize, (scalar.codes, scalar.scales, [2, 3], 33, 100, torch.float32))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiles(backend: str) -> None:
-    weight = packed("trellis", 32, 48, [4, 5])
+    weight = packed("trellis", 128, 48, [4, 5])
     signs = torch.randint(0, 256, (6,), dtype=torch.uint8)
 
     def model(x: Tensor) -> Tensor:
         turned = torch.ops.qpc.rotate(x, signs, 16)
         codes = [code[:1] for code in weight.codes]
-        return torch.ops.qpc.trellis_linear(turned, codes, weight.scales[:16], None, [4, 5], 16, 16).relu()
+        return torch.ops.qpc.trellis_linear(turned, codes, weight.scales[:64], None, *weight.format, 64).relu()
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for batch, mode in ((3, torch.no_grad()), (5, torch.inference_mode())):
         with mode:
             x = torch.randn(batch, 48)
             turned = reference.rotate(x, signs, 16)
-            assert_close(compiled(x), expected(weight, turned)[:, :16].relu())
+            assert_close(compiled(x), expected(weight, turned)[:, :64].relu())
 
 
 def test_refuses_what_does_not_fit() -> None:
     weight = packed("trellis", 32, 48, [4])
     good: dict[str, Any] = {
-        "x": torch.randn(2, 48), "codes": weight.codes, "scales": weight.scales, "bias": None, "step_bits": [4], "window_bits": 16,
+        "x": torch.randn(2, 48), "codes": weight.codes, "scales": weight.scales, "bias": None, "step_bits": [4], "window_bits": [16],
         "out_features": 32,
     }  # fmt: skip
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -127,11 +127,13 @@ def test_refuses_what_does_not_fit() -> None:
         ({"codes": [weight.codes[0].long()]}, "required int32"),
         ({"codes": []}, "0 code tensors"),
         ({"codes": weight.codes * 2}, "2 code tensors for 1 parts"),
-        ({"step_bits": [5]}, "20"),
+        ({"step_bits": [5]}, "80"),
         ({"step_bits": [13]}, "step_bits=13"),
-        ({"out_features": 33}, "required int32 .3"),
+        ({"window_bits": [25]}, "window_bits=25"),
+        ({"window_bits": [16, 16]}, "one entry for each part"),
+        ({"out_features": 65}, "required int32 .2"),
         ({"scales": weight.scales.float()}, "bfloat16"),
-        ({"scales": weight.scales[:16]}, "bfloat16 .32"),
+        ({"scales": weight.scales[:16]}, "bfloat16 .64"),
         ({"bias": torch.ones(31)}, "bias"),
         ({"scales": weight.scales.to("meta")}, "meta"),
     ]
@@ -149,5 +151,5 @@ def test_fake_refuses_too() -> None:
     weight = packed("trellis", 32, 48, [4])
     with pytest.raises(KernelError, match="required 4"):
         ops.trellis_linear(
-            torch.empty(2, 50, device="meta"), [c.to("meta") for c in weight.codes], weight.scales.to("meta"), None, [4], 16, 32
+            torch.empty(2, 50, device="meta"), [c.to("meta") for c in weight.codes], weight.scales.to("meta"), None, [4], [16], 32
         )

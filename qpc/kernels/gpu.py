@@ -1,0 +1,224 @@
+"""The GPU path: decoding and multiplying in one kernel, for every family of quantizers.
+
+A lane owns an *arc* of a block: 8 rows, by 4 pairs of columns (8 for vectors of 4 weights). An arc starts at a word, so that every shift is a
+constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
+Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn import functional
+
+from qpc.kernels.decode import arc_pairs, decode_anywhere, decode_in_arc, load_arc, place_in_arc
+from qpc.kernels.epilogue import finish, sum_splits
+from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
+from qpc.quant.layout import BLOCK_COLUMNS
+from qpc.quant.quantizer import UniformQuantizer
+from qpc.quant.scalar import ScalarQuantizer, levels
+from qpc.quant.trellis import TrellisQuantizer
+
+DECODED_COLUMNS = 4
+"""Block columns that one program of the decoding kernel writes."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code as the kernels take it: the constants of `decode`, and the size of its unit for weights of unit variance."""
+
+    bits: int
+    window_bits: int
+    dimension: int
+    unit: float
+
+
+NO_CODE = Code(bits=0, window_bits=0, dimension=0, unit=1.0)
+"""Stands for a part that a weight does not have."""
+
+
+def code_of(quantizer: UniformQuantizer) -> Code:
+    """The constants of a quantizer's code."""
+    if isinstance(quantizer, TrellisQuantizer):
+        return Code(quantizer.step_bits, quantizer.window_bits, 2, quantizer.unit)
+    assert isinstance(quantizer, ScalarQuantizer), quantizer
+    return Code(quantizer.bits, 0, 1, 1.0)
+
+
+@cache
+def table_of(quantizer: UniformQuantizer, device: torch.device) -> Tensor | None:
+    """The table of a quantizer's code, None for a trellis: float16 [2^bits]."""
+    with torch.inference_mode(False):
+        return levels(quantizer.bits).half().to(device) if isinstance(quantizer, ScalarQuantizer) else None
+
+
+@triton.jit
+def _add_arcs(
+    total, codes, table, x, block_row, columns, first, last, first_feature, features, x_stride,
+    BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr, BATCH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add the products of block columns `first` to `last` of one part to `total`, a tuple of 8 sums per row of the activation.
+
+    Sum r of a lane belongs to row 8 r + lane % 8 of the block.
+    """
+    quarters: tl.constexpr = arc_pairs(DIMENSION) // 16
+    sides: tl.constexpr = 4 // quarters
+    lane = tl.arange(0, LANES)
+    side = lane // 8 % sides
+    for start in range(first, last, LANES // (8 * sides)):
+        column = start + lane // (8 * sides)
+        block = block_row.to(tl.int64) * columns + tl.minimum(column, last - 1)
+        words = load_arc(codes, block, lane % 8 * sides + side, BITS, WINDOW_BITS, DIMENSION)
+        sums = ()
+        for i in tl.static_range(8 * BATCH):
+            sums += (total[i],)
+        for pair in tl.static_range(2 * quarters):
+            feature = first_feature + column * 16 + side * (2 * quarters) + pair // 2 * 2 + pair % 2 * 8
+            xs = ()
+            for item in tl.static_range(BATCH):
+                at = x + item * x_stride + feature
+                xs += (tl.load(at, mask=(column < last) & (feature < features), other=0.0).to(tl.float32),)
+                xs += (tl.load(at + 1, mask=(column < last) & (feature + 1 < features), other=0.0).to(tl.float32),)
+            new = ()
+            for row in tl.static_range(8):
+                even, odd = decode_in_arc(words, table, place_in_arc(row, pair), BITS, WINDOW_BITS, DIMENSION)
+                for item in tl.static_range(BATCH):
+                    new += (tl.fma(odd, xs[2 * item + 1], tl.fma(even, xs[2 * item], sums[row * BATCH + item])),)
+            sums = new
+        total = sums
+    return total
+
+
+@triton.jit
+def _scaled(total, factor):
+    """Every sum times `factor`."""
+    result = ()
+    for i in tl.static_range(len(total)):
+        result += (total[i] * factor,)
+    return result
+
+
+@triton.jit
+def _vector_kernel(
+    x, codes_0, codes_1, table_0, table_1, scales, bias, out,
+    columns_0, columns_1, chunk_0, chunk_1, features, out_features, x_stride, split_stride,
+    BITS_0: tl.constexpr, BITS_1: tl.constexpr, WINDOW_BITS_0: tl.constexpr, WINDOW_BITS_1: tl.constexpr,
+    UNIT_0: tl.constexpr, UNIT_1: tl.constexpr, DIMENSION: tl.constexpr,
+    BATCH: tl.constexpr, LANES: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    block_row, split = tl.program_id(0), tl.program_id(1)
+    total = ()
+    for _ in tl.static_range(8 * BATCH):
+        total += (tl.zeros((LANES,), tl.float32),)
+    total = _add_arcs(
+        total, codes_0, table_0, x, block_row, columns_0, split * chunk_0, tl.minimum((split + 1) * chunk_0, columns_0), 0,
+        features, x_stride, BITS_0, WINDOW_BITS_0, DIMENSION, BATCH, LANES,
+    )  # fmt: skip
+    if BITS_1 > 0:
+        total = _scaled(total, UNIT_0 / UNIT_1)
+        total = _add_arcs(
+            total, codes_1, table_1, x, block_row, columns_1, split * chunk_1, tl.minimum((split + 1) * chunk_1, columns_1), columns_0 * 16,
+            features, x_stride, BITS_1, WINDOW_BITS_1, DIMENSION, BATCH, LANES,
+        )  # fmt: skip
+    unit: tl.constexpr = UNIT_1 if BITS_1 > 0 else UNIT_0
+    row = tl.arange(0, 8)[:, None] + 8 * (tl.arange(0, 2)[None, :])
+    for quarter in tl.static_range(4):
+        rows = block_row * 64 + quarter * 16 + row
+        mask = rows < out_features
+        for item in tl.static_range(BATCH):
+            halves = tl.join(total[2 * quarter * BATCH + item], total[(2 * quarter + 1) * BATCH + item])
+            result = tl.sum(tl.reshape(halves, (LANES // 8, 8, 2)), axis=0) * unit
+            if not SPLIT:
+                result = finish(result, rows, mask, scales, bias, HAS_BIAS)
+            at = split.to(tl.int64) * split_stride + item * out_features
+            tl.store(out + at + rows, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, table, scales, out, columns, first_feature, features, out_features, out_stride,
+    BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block_row, start = tl.program_id(0), tl.program_id(1) * COLUMNS
+    row = tl.arange(0, 64)[:, None]
+    local = tl.arange(0, 8 * COLUMNS)[None, :]
+    block = block_row.to(tl.int64) * columns + tl.minimum(start + local // 8, columns - 1)
+    pair = (row % 8 * 4 + local % 4) * 16 + row // 16 * 4 + local // 4 % 2 * 2 + row // 8 % 2
+    even, odd = decode_anywhere(codes, table, block, pair, BITS, WINDOW_BITS, DIMENSION)
+    weights = tl.reshape(tl.join(even, odd), (64, 16 * COLUMNS)) * UNIT
+    rows = block_row * 64 + row
+    inner = tl.arange(0, 16 * COLUMNS)[None, :]
+    feature = first_feature + start * 16 + inner
+    mask = (rows < out_features) & (feature < features) & (start + inner // 16 < columns)
+    scale = tl.load(scales + rows).to(tl.float32)
+    tl.store(out + rows.to(tl.int64) * out_stride + feature, (weights * scale).to(out.dtype.element_ty), mask=mask)
+
+
+def linear(
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, quantizers: Sequence[UniformQuantizer], out_features: int
+) -> Tensor:
+    """`x @ w.T + bias` with a packed weight. x: [..., in_features]; returns [..., out_features]. Raises `KernelError`."""
+    check_parts(codes)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    if len(rows) > MAX_BATCH:
+        weight = dequantize(codes, scales, quantizers, out_features, x.shape[-1], x.dtype)
+        out = functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    else:
+        out = _small_batch(rows, [code.contiguous() for code in codes], scales.contiguous(), bias, quantizers, out_features)
+    return out.reshape(*x.shape[:-1], out_features)
+
+
+def dequantize(
+    codes: list[Tensor],
+    scales: Tensor,
+    quantizers: Sequence[UniformQuantizer],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The decoded weight in the rotated basis: a new [out_features, in_features] of `dtype`."""
+    out = torch.empty((out_features, in_features), dtype=dtype, device=scales.device)
+    start = 0
+    for part, quantizer in zip(codes, quantizers, strict=True):
+        rows, columns, _ = part.shape
+        code = code_of(quantizer)
+        if columns:
+            _dequantize_kernel[(rows, triton.cdiv(columns, DECODED_COLUMNS))](
+                part.contiguous(), table_of(quantizer, scales.device), scales.contiguous(), out,
+                columns, start * BLOCK_COLUMNS, in_features, out_features, in_features,
+                BITS=code.bits, WINDOW_BITS=code.window_bits, DIMENSION=code.dimension, UNIT=code.unit, COLUMNS=DECODED_COLUMNS,
+            )  # fmt: skip
+        start += columns
+    return out
+
+
+def _small_batch(
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, quantizers: Sequence[UniformQuantizer], out_features: int
+) -> Tensor:
+    batch, features = x.shape
+    rows = codes[0].shape[0]
+    absent = MAX_PARTS - len(codes)
+    widths = [code.shape[1] for code in codes] + [0] * absent
+    tables = [table_of(quantizer, x.device) for quantizer in quantizers]
+    first, second = [code_of(quantizer) for quantizer in quantizers] + [NO_CODE] * absent
+    launch = choose_launch(rows, max(widths), arc_pairs(first.dimension) // 16, x.device)
+    split = launch.splits > 1
+    out = torch.empty((launch.splits, batch, out_features), dtype=torch.float32 if split else x.dtype, device=x.device)
+    chunks = [-(-width // launch.splits) for width in widths]
+    constants = {
+        "BITS_0": first.bits, "BITS_1": second.bits, "WINDOW_BITS_0": first.window_bits, "WINDOW_BITS_1": second.window_bits,
+        "UNIT_0": first.unit, "UNIT_1": second.unit, "DIMENSION": first.dimension,
+        "LANES": 32 * launch.warps, "HAS_BIAS": bias is not None, "SPLIT": split, "num_warps": launch.warps,
+    }  # fmt: skip
+    for cut in cut_batch(batch):
+        _vector_kernel[(rows, launch.splits)](
+            x[cut], codes[0], codes[-1], tables[0], tables[-1], scales, bias, out[:, cut],
+            *widths, *chunks, features, out_features, x.stride(0), out.stride(0), BATCH=cut.stop - cut.start, **constants,
+        )  # fmt: skip
+    return sum_splits(out, scales, bias, x.dtype) if split else out[0]
