@@ -185,29 +185,23 @@ def _advance(at, ORDER: gl.constexpr, STEP_BITS: gl.constexpr, UNITS: gl.constex
 
 
 @gluon.jit
-def _load(at, x_at, offset, has_row, ORDER: gl.constexpr, STEP_BITS: gl.constexpr, DEPTH: gl.constexpr):
-    """Codes of DEPTH units, and the first activation fragment of each."""
-    units = ()
-    fragments = ()
-    for unit in gl.static_range(DEPTH):
-        units += (_load_codes(at, unit, offset, ORDER, STEP_BITS),)
-        fragments += (gl.load(x_at + unit * (512 if ORDER == _LANE else 32), mask=has_row, other=0),)
-    return units, fragments
+def _load(at, x_at, unit: gl.constexpr, offset, has_row, ORDER: gl.constexpr, STEP_BITS: gl.constexpr):
+    """Codes of one unit, and its first activation fragment."""
+    fragment = gl.load(x_at + unit * (512 if ORDER == _LANE else 32), mask=has_row, other=0)
+    return _load_codes(at, unit, offset, ORDER, STEP_BITS), fragment
 
 
 @gluon.jit
-def _add(acc, units, fragments, x_at, has_row, ORDER: gl.constexpr, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, CODE: gl.constexpr,
-         DEPTH: gl.constexpr, WARPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr):  # fmt: skip
-    """Add the products of DEPTH units; a ring along the input axis loads the other 15 fragments that it needs."""
-    for unit in gl.static_range(DEPTH):
-        if ORDER == _LANE:
-            row = (fragments[unit],)
-            for tile in gl.static_range(15):
-                row += (gl.load(x_at + (unit * 512 + (tile + 1) * 32), mask=has_row, other=0),)
-            acc = _add_ring(acc, units[unit], row, STEP_BITS, WINDOW_BITS, CODE, WARPS, A, B)
-        else:
-            acc = _add_block(acc, units[unit], fragments[unit], ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, A, B)
-    return acc
+def _add(acc, words, fragment, x_at, unit: gl.constexpr, has_row, ORDER: gl.constexpr, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr,
+         CODE: gl.constexpr, WARPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr):  # fmt: skip
+    """Add the products of one unit; a ring along the input axis loads the other 15 fragments that it needs."""
+    if ORDER == _LANE:
+        row = (fragment,)
+        for tile in gl.static_range(15):
+            row += (gl.load(x_at + (unit * 512 + (tile + 1) * 32), mask=has_row, other=0),)
+        return _add_ring(acc, words, row, STEP_BITS, WINDOW_BITS, CODE, WARPS, A, B)
+    else:
+        return _add_block(acc, words, fragment, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, A, B)
 
 
 @gluon.jit
@@ -245,16 +239,22 @@ def multiply(codes, halves, x, out, columns, steps, ORDER: gl.constexpr, STEP_BI
     for _ in gl.static_range(2 if ORDER == _LANE else 4):
         acc += (gl.zeros((WARPS, 16, 8), gl.float32, mma),)
 
-    units, fragments = _load(at, x_at, offset, has_row, ORDER, STEP_BITS, DEPTH)
+    units = ()
+    for unit in gl.static_range(DEPTH):
+        units += (_load(at, x_at, unit, offset, has_row, ORDER, STEP_BITS),)
     for _ in range(steps - 1):
         at = _advance(at, ORDER, STEP_BITS, DEPTH * WARPS)
         next_x_at = x_at + DEPTH * WARPS * (512 if ORDER == _LANE else 32)
-        next_units, next_fragments = _load(at, next_x_at, offset, has_row, ORDER, STEP_BITS, DEPTH)
-        acc = _add(acc, units, fragments, x_at, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, DEPTH, WARPS, a_layout, b_layout)
+        next_units = ()
+        for unit in gl.static_range(DEPTH):
+            words, fragment = units[unit]
+            acc = _add(acc, words, fragment, x_at, unit, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, a_layout, b_layout)
+            next_units += (_load(at, next_x_at, unit, offset, has_row, ORDER, STEP_BITS),)
         units = next_units
-        fragments = next_fragments
         x_at = next_x_at
-    acc = _add(acc, units, fragments, x_at, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, DEPTH, WARPS, a_layout, b_layout)
+    for unit in gl.static_range(DEPTH):
+        words, fragment = units[unit]
+        acc = _add(acc, words, fragment, x_at, unit, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, a_layout, b_layout)
 
     if ORDER == _LANE:
         _add_rows(out, gl.reshape(acc[0] + acc[1], (WARPS, 16, 8, 1)), group * 16, 16, BATCH, WARPS)

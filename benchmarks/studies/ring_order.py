@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -174,7 +174,7 @@ def compile_ahead(variant: Variant, launch: Launch, batch: int) -> None:
     multiply.warmup(*dtypes, 256, 2, **constants(variant, launch, batch), num_warps=launch.warps, grid=(1, 1))
 
 
-def microseconds(calls: list[Callable[[], object]], replays: int, before: Callable[[], object] | None = None) -> float:
+def microseconds(calls: Sequence[Callable[[], object]], replays: int, before: Callable[[], object] | None = None) -> float:
     """Median time of one call; all calls are captured into one CUDA graph, after `before`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
