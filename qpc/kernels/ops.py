@@ -101,7 +101,13 @@ def _(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits:
 
 @_operator
 def trellis_dequantize(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor],
+    scales: Tensor,
+    step_bits: list[int],
+    window_bits: list[int],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Decode a trellis-coded weight: [out_features, in_features] of `dtype`, in the rotated basis."""
     return _dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
@@ -109,7 +115,13 @@ def trellis_dequantize(
 
 @_fake(trellis_dequantize)
 def _(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor],
+    scales: Tensor,
+    step_bits: list[int],
+    window_bits: list[int],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return _fake_dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
 

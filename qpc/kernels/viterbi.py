@@ -61,9 +61,7 @@ def _walk_kernel(
 
 
 @triton.jit
-def _trace_kernel(
-    history, joint, symbols, ring_steps, steps, last, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, FREE: tl.constexpr
-):
+def _trace_kernel(history, joint, symbols, ring_steps, steps, last, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, FREE: tl.constexpr):
     """Follow one ring back from step `steps` and the suffix `joint` to step `last`.
 
     FREE: leave the suffix that it reaches in `joint`. Else write the symbols.
@@ -111,8 +109,9 @@ def ring_chunk(steps: int, step_bits: int, window_bits: int, device: torch.devic
 
 
 def walk_warps(step_bits: int, window_bits: int) -> int:
-    """Warps of one program: about 16 suffixes for each lane."""
-    return max(1, min(32, (1 << (window_bits - step_bits)) // 512))
+    """Warps of one program: 8 or 16 suffixes for each lane."""
+    suffixes = 1 << (window_bits - step_bits)
+    return max(1, min(32, suffixes // (256 if suffixes <= 2048 else 512)))
 
 
 def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, step_bits: int, window_bits: int) -> None:

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 from qpc.kernels import epilogue, gpu, hadamard, viterbi
 from qpc.kernels.gpu import NO_CODE, Code
+from qpc.quant.neighbours import SLOTS
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int]
@@ -31,7 +32,7 @@ def tables(codes: tuple[Code, ...]) -> tuple[dict[str, str], dict[str, Any]]:
     return present, {f"table_{i}": None for i in range(len(codes)) if f"table_{i}" not in present}
 
 
-WALK = {"values": "*fp32", "history": "*fp32", "joint": "*i32", "symbols": "*i32"}
+WALK = {"values": "*fp32", "cells": "*i32", "table": "*u16", "history": "*u16", "joint": "*i32", "symbols": "*i32"}
 
 
 def vector(first: Code, second: Code, batch: int, warps: int) -> Case:
@@ -60,10 +61,9 @@ def rotation(base: int, power: int, members: int, warps: int) -> Case:
     return f"rotation {base} x {power}", hadamard._rotate_kernel, types, constants, warps
 
 
-def walk(step_bits: int, window_bits: int) -> Case:
-    shape = {**viterbi.walk_shape(step_bits, window_bits), "RINGS": viterbi.RINGS}
-    constants = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits, "FREE": False, **shape}
-    return f"walk {step_bits} of {window_bits}", viterbi._forward_kernel, WALK, constants, viterbi.walk_warps(step_bits, window_bits)
+def walk(step_bits: int, window_bits: int, free: bool) -> Case:
+    constants = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits, "FREE": free, "SLOTS": min(SLOTS, 1 << step_bits)}
+    return f"walk {step_bits} of {window_bits}", viterbi._walk_kernel, WALK, constants, viterbi.walk_warps(step_bits, window_bits)
 
 
 def trace(step_bits: int, window_bits: int, free: bool) -> Case:
@@ -82,7 +82,7 @@ KERNELS: list[Case] = [
     *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
-    *(walk(*each) for each in ((3, 20), (4, 16), (6, 16), (12, 16))),
+    *(walk(*each) for each in ((3, 12, True), (4, 17, False), (6, 19, False), (8, 20, True))),
     *(trace(*each) for each in ((3, 20, True), (8, 16, False), (12, 16, True))),
 ]
 

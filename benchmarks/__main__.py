@@ -1,0 +1,25 @@
+"""One runner for all benchmarks: `python -m benchmarks NAME [options]`; `--help` after a name lists its options."""
+
+import sys
+from importlib import import_module
+
+BENCHMARKS = {
+    "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
+    "encode": "speed of the trellis encoders",
+    "quality": "perplexity and KL of a compiled model against bits",
+    "codes": "the search for the computed code of the trellis",
+}
+
+
+def main() -> int:
+    """Run the benchmark that is named."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [options]\n", *(f"  {key:12} {text}" for key, text in BENCHMARKS.items()), sep="\n")
+        return 0 if name in ("", "-h", "--help") else 2
+    import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
