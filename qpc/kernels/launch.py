@@ -1,5 +1,4 @@
-"""How a multiplication is spread over a GPU. Nothing in a kernel decides this. No batch up to `MAX_BATCH` uses the tensor cores yet.
-"""
+"""How a multiplication is spread over a GPU. Nothing in a kernel decides this. No batch up to `MAX_BATCH` uses the tensor cores yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

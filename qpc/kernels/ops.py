@@ -71,8 +71,8 @@ def trellis_linear(
 ) -> Tensor:
     """Multiply by a trellis-coded weight: `x @ w.T + bias`.
 
-    x: [..., in_features], already rotated. codes[i]: int32 [row_blocks, column_blocks_i, 16 * step_bits[i]], parts in the order of the input
-    axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
+    x: [..., in_features], already rotated. codes[i]: int32 [row_blocks, column_blocks_i, 16 * step_bits[i]], parts in the order of the
+    input axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
     Returns [..., out_features] in the dtype of `x`. Raises `KernelError`.
     """
     return _linear(x, codes, scales, bias, trellis_parts(step_bits, window_bits), out_features)
@@ -101,7 +101,13 @@ def _(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits:
 
 @_operator
 def trellis_dequantize(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor],
+    scales: Tensor,
+    step_bits: list[int],
+    window_bits: list[int],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Decode a trellis-coded weight: [out_features, in_features] of `dtype`, in the rotated basis."""
     return _dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
@@ -109,7 +115,13 @@ def trellis_dequantize(
 
 @_fake(trellis_dequantize)
 def _(
-    codes: list[Tensor], scales: Tensor, step_bits: list[int], window_bits: list[int], out_features: int, in_features: int, dtype: torch.dtype
+    codes: list[Tensor],
+    scales: Tensor,
+    step_bits: list[int],
+    window_bits: list[int],
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return _fake_dequantize(codes, scales, trellis_parts(step_bits, window_bits), out_features, in_features, dtype)
 
