@@ -1,7 +1,7 @@
-"""Check every Triton kernel on the GPU of this machine, then time the multiplication and the encoder: `python benchmarks/check_gpu.py`.
+"""Check every Triton kernel on the GPU of this machine, then time the multiplication: `python benchmarks/check_gpu.py`.
 
-Needs neither pytest nor numba. Prints one JSON object per measurement, in microseconds (median of the replays, with p20 and p80) or weights
-per second; a red check ends the run before anything is timed. Weights rotate through more memory than the second-level cache holds,
+Needs no test framework. Prints one JSON object per measurement, in microseconds (median of the replays, with p20 and p80); a red check ends
+the run before anything is timed. Weights rotate through more memory than the second-level cache holds,
 and bf16 `F.linear` is timed in the same process.
 """
 
@@ -21,7 +21,6 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpc.kernels import ops
-from qpc.kernels.viterbi import encode_rings
 from tests.kernels.cases import FULL, SMALL, cases
 from tests.kernels.packed import Packed, packed
 
@@ -102,27 +101,12 @@ def multiply(weight: Packed, x: Tensor) -> Tensor:
     return operator(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)
 
 
-def encoder_rows(rings: int) -> Iterator[dict[str, object]]:
-    """Encoding speed over tail-biting rings of 256 weights, both passes counted."""
-    for window_bits in (12, 16):
-        for step_bits in (4, 6, 8):
-            values = 148 * torch.randn(rings, 128, 2, device="cuda")
-            encode_rings(values[:64], step_bits, window_bits)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            encode_rings(values, step_bits, window_bits)
-            torch.cuda.synchronize()
-            rate = rings * 256 / (time.perf_counter() - started)
-            yield {"method": "encode", "window_bits": window_bits, "bits": step_bits / 2, "weights_per_s": round(rate)}
-
-
 def main() -> int:
     """Check, then time."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="few comparisons, then the times")
     arguments.add_argument("--skip-checks", action="store_true", help="only the times")
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
-    arguments.add_argument("--rings", type=int, default=16384, help="rings for the encoder's speed")
     options = arguments.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
@@ -132,7 +116,7 @@ def main() -> int:
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}), flush=True)
     if not options.skip_checks and not check(options.quick):
         return 1
-    for row in chain(rows(tuple(options.batches)), rotation_rows(), encoder_rows(options.rings)):
+    for row in chain(rows(tuple(options.batches)), rotation_rows()):
         print(json.dumps(row), flush=True)
     return 0
 

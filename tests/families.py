@@ -42,11 +42,11 @@ def decoder(architecture: str, **options: Any) -> nn.Module:
     """A model with the usual configuration keys of a grouped-query decoder."""
     usual = {
         "hidden_size": WIDTH,
-        "intermediate_size": 112,
+        "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     }
@@ -73,9 +73,9 @@ class Siblings(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.Linear(32, 16)
+        self.left = nn.Linear(32, 64)
         self.right = nn.Linear(32, 48, bias=False)
-        self.last = nn.Linear(32, 16, bias=False)
+        self.last = nn.Linear(32, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         left = self.left(x)

@@ -41,7 +41,7 @@ def test_round_trip_is_bit_exact(saved: tuple[nn.Module, Path], tmp_path: Path) 
     assert type(loaded) is type(model)
     assert torch.equal(logits(loaded), logits(model))
     assert qpc.report_of(loaded) == qpc.report_of(model)
-    assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
+    assert loaded.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=3, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
     qpc.save(loaded, tmp_path / "again")
     for name in (checkpoint.TENSORS, checkpoint.MANIFEST):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()

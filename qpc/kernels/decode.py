@@ -1,9 +1,9 @@
 """How a GPU decodes a block of a packed weight (`qpc.quant.layout`), for every family of quantizers.
 
-A *code* is described by three constants. Trellis: BITS of a step, WINDOW_BITS, DIMENSION 2. Table lookups (scalar and vector quantizers): BITS
-of an index, WINDOW_BITS 0, DIMENSION weights for each index; the table holds float16 numbers, from DIMENSION 2 on as int32 words of two.
+A *code* is described by three constants. Trellis: BITS of a step, WINDOW_BITS, DIMENSION 2. Tables (scalar and vector quantizers): BITS of
+an index, WINDOW_BITS 0, DIMENSION weights for each index; the table holds float16 numbers, from DIMENSION 2 on as int32 words of two.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]

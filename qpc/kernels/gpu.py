@@ -1,6 +1,6 @@
 """The GPU path: decoding and multiplying in one kernel, for every family of quantizers.
 
-A lane owns an *arc* of a block: 8 rows, by 4 pairs of columns (8 for vectors of 4 weights). An arc starts at a word, so that every shift is a
+A lane owns an *arc* of a block: 8 rows, by 4 pairs of columns (8 for vectors of 4 weights). An arc starts at a word, so that every shift is
 constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """

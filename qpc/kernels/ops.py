@@ -71,8 +71,8 @@ def trellis_linear(
 ) -> Tensor:
     """Multiply by a trellis-coded weight: `x @ w.T + bias`.
 
-    x: [..., in_features], already rotated. codes[i]: int32 [row_blocks, column_blocks_i, 16 * step_bits[i]], parts in the order of the input
-    axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
+    x: [..., in_features], already rotated. codes[i]: int32 [row_blocks, column_blocks_i, 16 * step_bits[i]], parts in the order of the
+    input axis; the last block column may reach beyond `in_features`. scales: bfloat16 [row_blocks * 64]. bias: [out_features] or None.
     Returns [..., out_features] in the dtype of `x`. Raises `KernelError`.
     """
     return _linear(x, codes, scales, bias, trellis_parts(step_bits, window_bits), out_features)

@@ -1,7 +1,7 @@
 """Scalar quantization with the levels that are best for a Gaussian (S. Lloyd 1957, J. Max 1960).
 
-The weights of a block are coded one by one in the order of `layout`: weight j lies at bit `j * bits` of the block's string (see `bitstring`),
-as the index of its level in ascending order. The levels are computed, not stored.
+The weights of a block are coded one by one in the order of `layout`: weight j lies at bit `j * bits` of the block's string (see
+`bitstring`), as the index of its level in ascending order. The levels are computed, not stored.
 """
 
 from dataclasses import dataclass

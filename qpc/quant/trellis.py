@@ -1,7 +1,8 @@
 """Trellis-coded quantization on the bitshift trellis, with a computed code and tail-biting.
 
-Each block is one ring: a circular string of `512 * step_bits` bits. Step j, which is pair j of the block in the order of `layout`, is decoded
-from the `window_bits` bits that start at bit `j * step_bits`, wrapping at the end of the string. The bits of a string lie in 32-bit words as `bitstring` says; the first bit of a window is its least significant.
+Each block is one ring: a circular string of `512 * step_bits` bits. Step j, which is pair j of the block in the order of `layout`, is
+decoded from the `window_bits` bits that start at bit `j * step_bits`, wrapping at the end of the string. The bits of a string lie in 32-bit
+words as `bitstring` says; the first bit of a window is its least significant.
 """
 
 from dataclasses import dataclass

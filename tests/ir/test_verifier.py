@@ -13,7 +13,8 @@ from qpc.ir.linear import LINEAR
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
 from qpc.ir.verifier import verify
-from qpc.quant.quantizer import PackedWeight, tiles
+from qpc.quant.layout import BLOCK_ROWS, column_blocks, row_blocks
+from qpc.quant.quantizer import PackedWeight
 from qpc.quant.rotation import Rotation
 from qpc.quant.trellis import TrellisQuantizer
 from tests.families import captured, grouped
@@ -28,9 +29,10 @@ def site(node: fx.Node) -> LinearSite:
 
 
 def packed(shape: LinearShape, rotation: Rotation, quantizer: TrellisQuantizer = QUANTIZER) -> PackedWeight:
-    rows, columns = tiles(shape.out_features), tiles(shape.in_features)
-    codes = torch.zeros(rows, columns, quantizer.tile_words, dtype=torch.int32)
-    return PackedWeight(shape.out_features, shape.in_features, quantizer, (codes,), torch.ones(rows * 16, dtype=torch.bfloat16), rotation)
+    rows, columns = row_blocks(shape.out_features), column_blocks(shape.in_features)
+    codes = torch.zeros(rows, columns, quantizer.block_words, dtype=torch.int32)
+    scales = torch.ones(rows * BLOCK_ROWS, dtype=torch.bfloat16)
+    return PackedWeight(shape.out_features, shape.in_features, quantizer, (codes,), scales, rotation)
 
 
 def quantized(name: str = "siblings") -> Program:
@@ -155,7 +157,7 @@ CANONICAL = {
     "computed weight": (computed_weight, "the weight of left is no parameter"),
     "another weight": (swap_weight, "reads 'last.weight', but its site says 'left.weight'"),
     "transposed": (change_site("left", transposed=True), "transposed is True"),
-    "shape": (change_site("left", shape=LinearShape(16, 31)), "site shape 16x31, but 'left.weight' is 16x32"),
+    "shape": (change_site("left", shape=LinearShape(64, 31)), "site shape 64x31, but 'left.weight' is 64x32"),
     "bias": (change_site("left", bias=None), "adds 'left.bias', but its site says None"),
     "excluded": (lambda p: p.excluded.update(left="as a test"), r"left is excluded \(as a test\)"),
     "one name for two": (change_site("right", name="left"), "have one name but differ"),
@@ -180,10 +182,10 @@ def stale_member(program: Program) -> None:
 
 GROUPED = {
     "no group": (change("last", group=None), "last has no group"),
-    "not a member": (change("last", group=FusionGroup(("left",), "x", (LinearShape(16, 32),))), "last is not among the members"),
+    "not a member": (change("last", group=FusionGroup(("left",), "x", (LinearShape(64, 32),))), "last is not among the members"),
     "absent member": (stale_member, r"the group is \('left', 'right'\), but its sites are \('left',\)"),
     "wrong order": (change_group("left", members=("right", "left")), r"its sites are \('left', 'right'\)"),
-    "wrong shapes": (change_group("left", shapes=(LinearShape(16, 32),) * 2), "the group has shapes"),
+    "wrong shapes": (change_group("left", shapes=(LinearShape(64, 32),) * 2), "the group has shapes"),
     "no such input": (change_group("left", input="gone"), "'gone', which is not in the graph"),
     "another input": (change_group("left", input="mean"), "reads 'x', its group 'mean'"),
 }
@@ -222,11 +224,11 @@ ROTATION = Rotation.random(32, torch.Generator().manual_seed(9))
 QUANTIZED = {
     "no packed weight": (lambda p: p.packed.pop("last"), "last has no packed weight"),
     "packed but not allocated": (change("last", quantizer=None), "'last': has a packed weight, but no quantizer"),
-    "wrong shape": (change_packed("last", out_features=17), "the packed weight is 17x32, the site 16x32"),
+    "wrong shape": (change_packed("last", out_features=17), "the packed weight is 17x32, the site 64x32"),
     "other quantizer": (change_packed("last", quantizer=TrellisQuantizer(7, 12)), "packed by trellis 7/2 .*allocated to trellis 3 "),
-    "codes cut short": (change_packed("last", codes=(torch.zeros(1, 1, 24, dtype=torch.int32),)), r"int32 \[\(1, 2, 24\)\] is required"),
-    "codes of another dtype": (change_packed("last", codes=(torch.zeros(1, 2, 24, dtype=torch.int64),)), "torch.int64"),
-    "scales": (change_packed("last", scales=torch.ones(16)), "scales are torch.float32"),
+    "codes cut short": (change_packed("last", codes=(torch.zeros(1, 1, 96, dtype=torch.int32),)), r"int32 \[\(1, 2, 96\)\] is required"),
+    "codes of another dtype": (change_packed("last", codes=(torch.zeros(1, 2, 96, dtype=torch.int64),)), "torch.int64"),
+    "scales": (change_packed("last", scales=torch.ones(64)), "scales are torch.float32"),
     "rotation of another size": (change_packed("last", rotation=Rotation.random(48, torch.Generator())), "rotates 48 inputs of 32"),
     "rotation of its own": (change_packed("right", rotation=ROTATION), "right is rotated otherwise"),
     "no rotation in a group": (change_packed("right", rotation=None), "right is rotated otherwise"),

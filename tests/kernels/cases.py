@@ -24,7 +24,8 @@ class Sizes:
     weights: tuple[tuple[int, int], ...] = ()
     step_bits: tuple[tuple[int, ...], ...] = ()
     bits: tuple[tuple[int, ...], ...] = ()
-    window_bits: tuple[int, ...] = (16,)
+    suffix_bits: tuple[int, ...] = (10,)
+    """Bits of a window of the trellis beyond the step."""
     batches: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     rotations: tuple[tuple[int, int], ...] = ()
@@ -40,7 +41,7 @@ SMALL = (
         weights=((20, 90),),
         step_bits=((3,), (5, 12)),
         bits=((3,), (2, 5)),
-        window_bits=(20,),
+        suffix_bits=(15,),
         batches=(2, 3, 17),
         dtypes=(torch.float32,),
         rotations=((7, 1), (48, 12), (80, 40), (64, 64), (512, 256)),
@@ -58,7 +59,7 @@ FULL = (
     Sizes(weights=((100, 1000),), step_bits=EVERY_STEP, bits=EVERY_BITS, batches=(1, 3, 17)),
     Sizes(weights=((1024, 4096),), step_bits=((6,), (4, 5)), bits=((3,), (2, 3)), batches=BATCHES, dtypes=EVERY_DTYPE),
     Sizes(weights=((16, 16), (64, 16), (64, 14336), (4096, 512)), step_bits=((5,), (5, 6)), bits=((4,), (3, 4)), batches=(1, 3)),
-    Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), window_bits=(12, 20, 24), batches=(1, 3)),
+    Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), suffix_bits=(9, 13, 16), batches=(1, 3)),
     Sizes(rotations=((576, 576), (1184, 1184), (4096, 4096), (14336, 14336), (4096, 256), (65536, 32768), (11008, 256))),
     Sizes(rotations=((4096, 4096), (576, 576)), dtypes=(torch.float32, torch.float16)),
     Sizes(
@@ -72,8 +73,8 @@ def cases(groups: tuple[Sizes, ...]) -> Iterator[tuple[str, Check]]:
     for sizes in groups:
         for shape in sizes.weights:
             for bits in sizes.step_bits:
-                for window_bits in sizes.window_bits:
-                    yield from _weight_cases(sizes, "trellis", shape, bits, window_bits)
+                for suffix_bits in sizes.suffix_bits:
+                    yield from _weight_cases(sizes, "trellis", shape, bits, suffix_bits)
             for bits in sizes.bits:
                 yield from _weight_cases(sizes, "scalar", shape, bits, 0)
         for features, block in sizes.rotations:
@@ -89,13 +90,13 @@ def cases(groups: tuple[Sizes, ...]) -> Iterator[tuple[str, Check]]:
 
 
 def _weight_cases(
-    sizes: Sizes, family: str, shape: tuple[int, int], bits: tuple[int, ...], window_bits: int
+    sizes: Sizes, family: str, shape: tuple[int, int], bits: tuple[int, ...], suffix_bits: int
 ) -> Iterator[tuple[str, Check]]:
     if len(bits) > -(-shape[1] // 16):
         return
-    weight = partial(packed, family, *shape, list(bits), window_bits)
+    weight = partial(packed, family, *shape, list(bits), suffix_bits)
     for dtype in sizes.dtypes:
-        name = f"{family} {shape[0]}x{shape[1]} bits {bits} window {window_bits} {dtype}"
+        name = f"{family} {shape[0]}x{shape[1]} bits {bits} and {suffix_bits} {dtype}"
         yield f"{name} dequantize", partial(_check_dequantize, weight, dtype)
         for batch in sizes.batches:
             yield f"{name} batch {batch}", partial(_check_linear, weight, dtype, batch)

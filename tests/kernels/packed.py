@@ -11,6 +11,7 @@ from torch import Tensor
 from qpc.kernels import ops
 from qpc.quant.layout import BLOCK_ROWS, column_blocks, row_blocks
 from qpc.quant.quantizer import UniformQuantizer
+from qpc.quant.trellis import MAX_WINDOW_BITS
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Packed:
 
 
 def packed(
-    family: str, out_features: int, in_features: int, bits: list[int], window_bits: int = 16, device: str = "cpu", seed: int = 0
+    family: str, out_features: int, in_features: int, bits: list[int], suffix_bits: int = 10, device: str = "cpu", seed: int = 0
 ) -> Packed:
-    """A random weight; its block columns are shared out evenly to the parts, whose windows are `window_bits`, one more, and so on."""
+    """A random weight; its block columns are shared out evenly to the parts. suffix_bits: of a window that lie beyond the step."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = row_blocks(out_features), column_blocks(in_features)
     widths = [columns * (i + 1) // len(bits) - columns * i // len(bits) for i in range(len(bits))]
@@ -48,7 +49,7 @@ def packed(
         for width, count in zip(widths, words, strict=True)
     ]
     scales = (0.5 + torch.rand(rows * BLOCK_ROWS, generator=generator)).bfloat16().to(device)
-    return Packed(family, out_features, in_features, bits, codes, scales, [window_bits + i for i in range(len(bits))])
+    return Packed(family, out_features, in_features, bits, codes, scales, [min(each + suffix_bits, MAX_WINDOW_BITS) for each in bits])
 
 
 @contextmanager

@@ -27,16 +27,16 @@ PALETTE = Palette(tuple(ToyQuantizer(bits) for bits in (2, 3, 4, 5)))
 
 
 class Attention(nn.Module):
-    """Linears `q`, `k`, `v` that read one value, and `o` that reads what they make; the rows of `k` fill no whole tile."""
+    """Linears `q`, `k`, `v` that read one value, and `o` that reads what they make; the rows of `k` fill no whole block."""
 
-    def __init__(self, rows: tuple[int, int, int] = (64, 40, 48)) -> None:
+    def __init__(self, rows: tuple[int, int, int] = (128, 40, 64)) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.q, self.k, self.v = (nn.Linear(32, count) for count in rows)
-        self.o = nn.Linear(sum(rows), 32, bias=False)
+        self.o = nn.Linear(sum(rows), 64, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes [batch, length, 32] to [batch, length, 32]."""
+        """Shapes [batch, length, 32] to [batch, length, 64]."""
         return self.o(torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1).tanh())
 
 
@@ -67,7 +67,7 @@ def total_bytes(sites: dict[str, Annotation]) -> int:
 @pytest.mark.parametrize("bits", ["2.7", "3.5", "4.4"])
 def test_no_allocation_within_the_budget_is_better(bits: str, same: bool) -> None:
     given = sensitivities(q=0.3, k=2.0, v=9.0, o=1.0)
-    program = grouped(Attention((64, 48, 48)), *plain_inputs())
+    program = grouped(Attention((128, 64, 64)), *plain_inputs())
     sites = allocated(program, Allocate(Budget.of(bits), PALETTE, given, same_quantizer_in_group=same, may_keep=False))
     shapes = {name: found.site.shape for name, found in sites.items() if found.site}
     room = Fraction(bits) * sum(shape.weights for shape in shapes.values()) / 8
@@ -87,11 +87,11 @@ def test_no_allocation_within_the_budget_is_better(bits: str, same: bool) -> Non
 
 
 def test_members_with_one_quantizer_fuse_and_the_rest_is_remarked() -> None:
-    program = grouped(Attention((64, 48, 48)), *plain_inputs())
+    program = grouped(Attention((128, 64, 64)), *plain_inputs())
     coarse, fine = ToyQuantizer(2), ToyQuantizer(5)
     shapes = [found.site.shape for node in program.linears() if (found := annotation(node)).site is not None]
     room = sum(coarse.weight_bytes(shape.out_features, shape.in_features) for shape in shapes)
-    room += fine.weight_bytes(48, 32) - coarse.weight_bytes(48, 32)
+    room += fine.weight_bytes(64, 32) - coarse.weight_bytes(64, 32)
     budget = Budget(bits_per_weight=Fraction(8 * room, sum(shape.weights for shape in shapes)))
     given = sensitivities(q=1.0, k=1.0, v=500.0, o=1.0)
     sites = allocated(program, Allocate(budget, Palette((coarse, fine)), given, may_keep=False))
@@ -105,13 +105,13 @@ def test_members_with_one_quantizer_fuse_and_the_rest_is_remarked() -> None:
 
 
 def test_a_member_of_odd_rows_stands_alone_unless_it_is_the_last() -> None:
-    program = grouped(Attention((64, 40, 48)), *plain_inputs())
+    program = grouped(Attention((128, 40, 64)), *plain_inputs())
     sites = allocated(program, Allocate.uniform(ToyQuantizer(4)))
     assert sites["q"].group is not None and sites["q"].group.members == ("q", "v")
     assert sites["k"].group is not None and sites["k"].group.members == ("k",)
     assert any(remark.subject == "k" and "out_features=40" in remark.reason for remark in program.remarks)
 
-    program = grouped(Attention((64, 48, 40)), *plain_inputs())
+    program = grouped(Attention((128, 64, 40)), *plain_inputs())
     sites = allocated(program, Allocate.uniform(ToyQuantizer(4)))
     assert sites["q"].group is not None and sites["q"].group.members == ("q", "k", "v")
     assert not program.remarks
@@ -126,8 +126,8 @@ def test_uniform_gives_every_linear_the_one_quantizer() -> None:
 @pytest.mark.parametrize("name", ["twice", "shared"])
 def test_a_shared_weight_is_stored_once(name: str) -> None:
     program = grouped(PLAIN[name](), *plain_inputs())
-    sites = allocated(program, Allocate(Budget.of(4.6), PALETTE, may_keep=False))
-    one = ToyQuantizer(4).weight_bytes(32, 32)
+    sites = allocated(program, Allocate(Budget.of(9.2), PALETTE, may_keep=False))
+    one = ToyQuantizer(4).weight_bytes(32, 32)  # half of its block is padding
     assert {found.quantizer for found in sites.values()} == {ToyQuantizer(4)}
     assert isinstance(program.allocation, Allocation)
     assert program.allocation.cost.weight_bytes == total_bytes(sites) == one

@@ -42,7 +42,7 @@ def test_lowered_graph_equals_restored_weights(fused: bool) -> None:
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum("scalar_linear" in target for target in targets) == (3 if fused else 4)
     assert sum("rotate" in target for target in targets) == 3, "a and b share one rotation, fused or not"
-    x = torch.randn(5, 32)
+    x = torch.randn(5, 64)
     found = lowered_output(program, x)
     expected = restored(model, program)(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -58,7 +58,7 @@ def test_a_linear_applied_twice_is_lowered_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(32, 32)
+            self.linear = nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(torch.relu(self.linear(x)))
@@ -70,7 +70,7 @@ def test_a_linear_applied_twice_is_lowered_twice() -> None:
     Lower().run(program)
     program.stage = Stage.LOWERED
     verify(program)
-    x = torch.randn(5, 32)
+    x = torch.randn(5, 64)
     found = lowered_output(program, x)
     torch.testing.assert_close(found, restored(model, program)(x), rtol=1e-4, atol=1e-5)
 

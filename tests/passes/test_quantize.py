@@ -18,7 +18,7 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+        self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
         self.c.weight = self.b.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +27,7 @@ class Branches(nn.Module):
 
 def allocated(model: nn.Module, quantizer: ScalarQuantizer | None = None) -> Program:
     """A program in which every linear has one quantizer."""
-    program = capture(model, example_inputs=(torch.randn(4, 32),))
+    program = capture(model, example_inputs=(torch.randn(4, 64),))
     for step in (Canonicalize(), Fusion()):
         step.run(program)
     for node in program.linears():

@@ -17,7 +17,7 @@ from qpc.quant.trellis import TrellisQuantizer
 @pytest.mark.parametrize("effort", Effort)
 def test_default_palette_has_every_quarter_bit(effort: Effort) -> None:
     palette = default_palette(effort)
-    assert [q.rate for q in palette.quantizers] == [Fraction(n, 4) for n in range(6, 33)]
+    assert [q.rate for q in palette.quantizers] == [Fraction(n, 4) for n in range(4, 33)]
     for quantizer in palette.quantizers:
         assert palette.at(quantizer.rate) is quantizer
         assert 4.0 ** -float(quantizer.rate) < quantizer.distortion < 1
@@ -42,6 +42,10 @@ def test_printed() -> None:
     ]
 
 
+def test_windows_of_a_mixture_are_printed() -> None:
+    assert str(MixedRateQuantizer(TrellisQuantizer(6, 18), TrellisQuantizer(7, 20), Fraction(1, 2))) == "trellis 13/4 L18/20"
+
+
 def test_missing_rate_is_named() -> None:
     with pytest.raises(QuantizerError, match="1/3"):
         default_palette().at(Fraction(1, 3))
@@ -63,7 +67,6 @@ def test_unlike_quantizers_do_not_mix() -> None:
     half = Fraction(1, 2)
     for low, high, share in [
         (ScalarQuantizer(2), TrellisQuantizer(6), half),
-        (TrellisQuantizer(5, 12), TrellisQuantizer(6, 16), half),
         (ScalarQuantizer(3), ScalarQuantizer(2), half),
         (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(0)),
         (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(1)),
@@ -103,7 +106,7 @@ def test_anything_is_a_quantizer_or_an_error(value: object) -> None:
         {"kind": "trellis", "step_bits": 6, "window_bits": 16, "extra": 1},
         {"kind": "trellis", "step_bits": True, "window_bits": 16},
         {"kind": "trellis", "step_bits": 6.0, "window_bits": 16},
-        {"kind": "trellis", "step_bits": 2, "window_bits": 16},
+        {"kind": "trellis", "step_bits": 1, "window_bits": 16},
         {"kind": "scalar", "bits": "3"},
         {"kind": ["scalar"], "bits": 3},
         {"kind": "mixed", "low": {"kind": "scalar", "bits": 2}, "high": {"kind": "scalar", "bits": 3}, "high_share": [1, 0]},

@@ -35,12 +35,13 @@ def test_distortion_is_exact(bits: int) -> None:
     assert float(error) == pytest.approx(quantizer.distortion, rel=5e-3)  # the sample has no tail beyond 5
 
 
-def test_weights_lie_row_by_row_in_their_tile() -> None:
-    unit = torch.zeros(16, 32)
-    unit[2, 16 + 5] = 10.0
+def test_weights_lie_in_the_order_of_the_layout() -> None:
+    unit = torch.zeros(64, 32)
+    unit[16 * 3 + 2 + 8, 16 + 8 + 2 * 1 + 1] = 10.0  # lane 4 * 2 + 1, tile 3, lower and right of it
     codes = ScalarQuantizer(3).encode(unit)
-    assert codes.shape == (1, 2, 24)
-    bit = (2 * 16 + 5) * 3
+    assert codes.shape == (1, 2, 96)
+    pair = 16 * (4 * 2 + 1) + 4 * 3 + 3
+    bit = (2 * pair + 1) * 3
     assert all(int(codes[0, 1, i // 32]) >> (i % 32) & 1 for i in range(bit, bit + 3))
 
 
