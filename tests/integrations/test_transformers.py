@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from qpc.errors import ModelError
 from qpc.integrations.transformers import TOKENIZER_FILES, copy_tokenizer_files, load_pretrained, load_tokenizer, skeleton

@@ -11,7 +11,9 @@ from qpc.quant.rotation import Rotation
 def test_rotated(features: int) -> None:
     generator = torch.Generator().manual_seed(features)
     rotation = Rotation.random(features, generator)
-    x, other = (torch.randn(50, features, generator=generator, dtype=torch.float64) @ torch.randn(features, features).double() for _ in "ab")
+    x, other = (
+        torch.randn(50, features, generator=generator, dtype=torch.float64) @ torch.randn(features, features).double() for _ in "ab"
+    )
     moment = Moment(x.t() @ x / 50, 50, held_out=Moment(other.t() @ other / 50, 50)).rotated(rotation)
     y, z = rotation.apply(x), rotation.apply(other)
     torch.testing.assert_close(moment.matrix, y.t() @ y / 50)
