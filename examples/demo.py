@@ -20,8 +20,9 @@ from torch import nn
 
 import qpc
 from qpc.evaluate import evaluate
-from qpc.integrations.transformers import load_pretrained, sample
+from qpc.integrations.transformers import load_pretrained
 from qpc.report import allocation_table, remarks, summary
+from qpc.sampling import sample
 from qpc.terminal import ProgressBars
 
 SEQUENCES, LENGTH = 16, 128
@@ -47,7 +48,7 @@ def main() -> None:
         report = qpc.report_of(compiled)
         del compiled
         loaded = qpc.load(options.out)
-        text = sample(original, SEQUENCES, LENGTH, seed=0, progress=progress)
+        text = sample(original, SEQUENCES, LENGTH, seed=1, progress=progress)
         result = evaluate(loaded, original, text.flatten(), LENGTH, progress)
 
     console.print(allocation_table(report))

@@ -11,17 +11,19 @@ from qpc.errors import QpcError
 
 if TYPE_CHECKING:
     from qpc.budget import Budget
+    from qpc.calibration import SelfSampled
     from qpc.checkpoint import is_checkpoint
     from qpc.compiler import compile, report_of
     from qpc.integrations.storage import load, save
     from qpc.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "QpcError", "Report", "compile", "is_checkpoint", "load", "report_of", "save"]
+__all__ = ["Budget", "QpcError", "Report", "SelfSampled", "compile", "is_checkpoint", "load", "report_of", "save"]
 
 _HOMES = {
     "Budget": "qpc.budget",
     "Report": "qpc.report",
+    "SelfSampled": "qpc.calibration",
     "compile": "qpc.compiler",
     "is_checkpoint": "qpc.checkpoint",
     "load": "qpc.integrations.storage",

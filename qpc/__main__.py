@@ -56,12 +56,20 @@ def compile_model(
     total: Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)] = None,
     effort: Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")] = "default",
     exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
+    ] = "self",
+    tokens: Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)] = None,
+    start: Annotated[
+        str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a budget and write it to OUT."""
+    from qpc.calibration import parse as parse_calibration
     from qpc.checkpoint import check_target, is_checkpoint
     from qpc.integrations.transformers import load_pretrained
     from qpc.quant.palette import Effort
@@ -72,10 +80,17 @@ def compile_model(
         raise UsageError(f"{model} is a compiled model already; compile the original")
     check_target(output, overwrite)
     start_s = time.monotonic()
-    original, _ = load_pretrained(model)
+    original, tokenizer = load_pretrained(model)
+    data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
     with ProgressBars() as progress:
         compiled = qpc.compile(
-            original.to(pick_device(device)), budget, effort=effort, exclude=tuple(exclude or ()), seed=seed, progress=progress
+            original.to(pick_device(device)),
+            budget,
+            effort=effort,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            calibration=data,
+            progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
     report, elapsed_s = qpc.report_of(compiled), time.monotonic() - start_s

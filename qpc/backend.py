@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.budget import Budget
+from qpc.calibration import parse as parse_calibration
 from qpc.compiler import Options, build, decide
 from qpc.errors import CaptureError, SettingsError
 from qpc.ir.program import Program
@@ -29,7 +30,7 @@ from qpc.passes.pipeline import Pipeline
 from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
-LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "inner")
+LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "calibration", "tokenizer", "inner")
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
 _COUNT = itertools.count()
@@ -59,6 +60,7 @@ class BackendOptions:
             exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
             seed=int(given.get("seed", 0)),
             same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
+            calibration=parse_calibration(given.get("calibration", "self"), tokenizer=given.get("tokenizer")),
         )
         inner = str(given.get("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
@@ -72,7 +74,8 @@ def qpalette(
 ) -> Callable[..., Any]:
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
-    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group` as in `qpc.compile`, and `inner`.
+    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `calibration`, `tokenizer` as in
+        `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

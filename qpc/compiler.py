@@ -2,14 +2,18 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from torch import Tensor, nn
 
 from qpc.budget import Budget
+from qpc.calibration import Calibration, SelfSampled, collect
+from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
 from qpc.errors import ModelError, QpcError
+from qpc.ir.annotation import Annotation
 from qpc.ir.program import Program
 from qpc.kernels.linear import QuantizedLinear
 from qpc.passes.allocate import Allocate
@@ -33,6 +37,7 @@ class Options:
     exclude: patterns (as in a shell) of module names that stay as they are.
     seed: of the signs, the noise and the random tokens.
     same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
+    calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
     """
 
     budget: Budget
@@ -40,6 +45,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     same_quantizer_in_group: bool = False
+    calibration: Calibration | None = field(default_factory=SelfSampled)
 
 
 def compile(
@@ -50,6 +56,8 @@ def compile(
     exclude: Iterable[str] = (),
     seed: int = 0,
     same_quantizer_in_group: bool = False,
+    calibration: object = "self",
+    tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivities: Sensitivities | None = None,
     progress: Progress = silent,
@@ -59,12 +67,15 @@ def compile(
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), or a `Budget`.
+    calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
+        [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
     sensitivities: as estimated before; by default they are estimated without data.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
     """
-    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group)
+    data = parse_calibration(calibration, tokenizer=tokenizer)
+    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group, data)
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline((Lower(),)).run(program)
     result = install(model, program)
@@ -101,11 +112,14 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
         kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
         raise ModelError("the model has no linear layers that could be quantized" + (f" (left out: {kept})" if kept else ""))
     check_finite(program)
+    samples, remarks = collect(options.calibration, program, options.seed, progress)
+    program.remarks += remarks
+    program.calibration = None if samples is None else samples.description
     if sensitivities is None:
         sensitivities = estimate(program, seed=options.seed, progress=progress)
     rest: tuple[Pass, ...] = (
         Allocate(options.budget, default_palette(options.effort), sensitivities, options.same_quantizer_in_group),
-        Quantize(options.seed, progress),
+        Quantize(options.seed, progress, samples),
     )
     Pipeline(rest).run(program)
     return program
@@ -154,6 +168,7 @@ def make_report(program: Program, options: Options) -> Report:
                 weight_bytes=stored,
                 distortion=note.distortion,
                 sensitivity=note.sensitivity,
+                remaining=note.remaining,
                 group=note.group.members,
                 reason=None if note.quantizer is not None else "the allocation left it as it is",
             )
@@ -161,18 +176,27 @@ def make_report(program: Program, options: Options) -> Report:
     before = model_bytes(program.module)
     packed = {note.site.weight: note for name, note in program.decisions.items() if name in program.packed and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
-    predicted = sum((note.sensitivity or 0) * (note.distortion or 0) for note in packed.values())
+    predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())
     return Report(
         rows=tuple(rows),
         remarks=tuple(str(remark) for remark in program.remarks),
         budget=str(options.budget),
         seed=options.seed,
         effort=str(options.effort),
+        calibration=program.calibration,
         model_bytes=before - saved,
         model_bytes_before=before,
         predicted_loss=predicted,
         solver_gap=getattr(program.allocation, "gap", None),
     )
+
+
+def _felt(note: Annotation) -> float:
+    """The relative squared error of a white error that would do as much harm as that of a quantized weight."""
+    if note.remaining is None:
+        return note.distortion or 0.0
+    assert note.quantizer is not None
+    return note.quantizer.distortion * note.remaining
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -21,7 +21,8 @@ class ReportRow:
 
     quantizer: None if the layer stays as it is; `reason` then says why.
     bits: stored bits per weight, scales and padding included.
-    distortion: relative squared error of the weight. sensitivity: nats of KL per unit of it.
+    distortion: relative squared error of the weight. sensitivity: nats of KL per unit of it, if the error is white.
+    remaining: share of the error at the output that error feedback left; None without feedback.
     group: names of the linears that it was fused with, itself included; a single linear is a group of one.
     """
 
@@ -33,6 +34,7 @@ class ReportRow:
     weight_bytes: int
     distortion: float | None
     sensitivity: float | None
+    remaining: float | None
     group: tuple[str, ...]
     reason: str | None
 
@@ -46,7 +48,8 @@ class ReportRow:
 class Report:
     """The whole model.
 
-    budget, effort, seed: what was asked for, as text. model_bytes_before, model_bytes: all parameters, as given and as stored.
+    budget, effort, seed: what was asked for, as text. calibration: the inputs behind error feedback, in words, or None.
+    model_bytes_before, model_bytes: all parameters, as given and as stored.
     predicted_loss: nats of KL per token that the sensitivities predict. solver_gap: relative distance to the proven optimum.
     """
 
@@ -55,6 +58,7 @@ class Report:
     budget: str
     seed: int
     effort: str
+    calibration: str | None
     model_bytes: int
     model_bytes_before: int
     predicted_loss: float | None
@@ -109,6 +113,7 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "weight_bytes": (int,),
     "distortion": (*NUMBER, NONE),
     "sensitivity": (*NUMBER, NONE),
+    "remaining": (*NUMBER, NONE),
     "group": (list,),
     "reason": (str, NONE),
 }
@@ -118,6 +123,7 @@ REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "budget": (str,),
     "seed": (int,),
     "effort": (str,),
+    "calibration": (str, NONE),
     "model_bytes": (int,),
     "model_bytes_before": (int,),
     "predicted_loss": (*NUMBER, NONE),
@@ -267,6 +273,7 @@ def summary(report: Report) -> RenderableType:
         f"{report.bits_per_weight:.3f} bits per weight, {size(report.linear_bytes)}",
     )
     table.add_row("budget", Text(f"{report.budget}, effort {report.effort}, seed {report.seed}"))
+    table.add_row("calibration", Text(report.calibration or "none: weights are rounded without error feedback"))
     if report.predicted_loss is not None:
         table.add_row("predicted", f"KL {report.predicted_loss:.4f} nats per token")
     if report.solver_gap is not None:

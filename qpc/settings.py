@@ -7,6 +7,7 @@ from pathlib import Path
 from qpc.errors import SettingsError
 
 VARIABLES = {
+    "QPC_CACHE": "directory of what can be made again, such as sampled text (default: qpc in the XDG cache directory); empty: keep nothing",
     "QPC_DUMP": "directory that receives one text, JSON and DOT dump of the graph after every pass",
     "QPC_THREADS": "number of CPU threads of the encoder (default: all cores)",
 }
@@ -18,6 +19,7 @@ class Settings:
 
     dump: Path | None = None
     threads: int = 1
+    cache: Path | None = None
 
     @staticmethod
     def from_environment() -> "Settings":
@@ -32,4 +34,11 @@ class Settings:
         threads = os.environ.get("QPC_THREADS", str(os.cpu_count() or 1))
         if not threads.isdigit() or int(threads) < 1:
             raise SettingsError(f"QPC_THREADS={threads!r} must be a positive integer")
-        return Settings(dump=Path(dump) if dump else None, threads=int(threads))
+        cache = os.environ.get("QPC_CACHE", str(_cache_home() / "qpc"))
+        return Settings(dump=Path(dump) if dump else None, threads=int(threads), cache=Path(cache) if cache else None)
+
+
+def _cache_home() -> Path:
+    """$XDG_CACHE_HOME if it is absolute, as its specification asks, else ~/.cache."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path("~/.cache").expanduser()

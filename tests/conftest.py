@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["QPC_CACHE"] = ""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -66,6 +66,14 @@ def test_other_weights_are_packed_anew() -> None:
     assert torch.allclose(after, logits(qpc.compile(model, budget=BUDGET, effort="fast")), rtol=1e-4, atol=1e-5)
 
 
+def test_calibration_is_that_of_the_other_door() -> None:
+    model = FAMILIES["llama"]().eval()
+    expected = logits(qpc.compile(model, budget=BUDGET, effort="fast", calibration=TOKENS))
+    compiled = torch.compile(model, backend="qpalette", options={**OPTIONS, "calibration": TOKENS}, dynamic=False)
+    for length in (20, 7):
+        assert (logits(compiled, TOKENS[:, :length]) - expected[:, :length]).norm() <= 1e-4 * expected.norm()
+
+
 def test_groups_run_as_one_operator_behind_one_rotation() -> None:
     seen: list[torch.fx.GraphModule] = []
 
@@ -103,6 +111,7 @@ def test_graph_without_linears() -> None:
     [
         ({}, "needs a budget"),
         ({"budget": 3, "bits": 4}, "'bits'.*known: budget"),
+        ({"budget": 3, "calibration": "nowhere"}, "neither 'self' nor 'none'"),
         ({"budget": 3, "inner": "nonsense"}, "unknown inner backend"),
     ],
 )

@@ -101,6 +101,23 @@ def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -
     assert names and not any(name.endswith("down_proj") for name in names)
 
 
+def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path, text: Path) -> None:
+    for options, expected in (
+        (("--calibration", "none"), None),
+        (("--calibration", text, "--calibration-tokens", "200"), "given, 200 tokens in 1 sequences"),
+        (
+            ("--calibration-tokens", "320", "--calibration-start", "random"),
+            "self-sampled from random at temperature 1, 320 tokens in 32 sequences",
+        ),
+    ):
+        outcome = run(
+            "compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--overwrite", "--json", *options
+        )
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["calibration"] == expected
+    assert "320 tokens" in run("inspect", tmp_path / "out").out
+
+
 def test_inspect_tells_the_same_twice(run: Run, compiled: Path) -> None:
     table, machine = run("inspect", compiled), run("inspect", compiled, "--json")
     assert (table.code, machine.code, table.err, machine.err) == (0, 0, "", "")
@@ -151,6 +168,10 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
         (("--bits", "4", "--effort", "heroic"), ("heroic", "fast", "max")),
         (("--bits", "4", "--exclude", "*"), ("no linear layers",)),
         (("--bits", "4", "--device", "abacus"), ("--device abacus",)),
+        (("--bits", "4", "--calibration", "nowhere.txt"), ("'nowhere.txt'", "cannot be read")),
+        (("--bits", "4", "--calibration-start", "middle"), ("'middle'", "bos, random, chat")),
+        (("--bits", "4", "--calibration-start", "chat"), ("no chat template",)),
+        (("--bits", "4", "--calibration-tokens", "0"), ("tokens=0",)),
     ],
 )
 def test_bad_options_of_compile(run: Run, tiny_directory: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import qpc
 from qpc.errors import BudgetError, ModelError
 from qpc.kernels.linear import QuantizedLinear
+from qpc.sampling import Start
 from qpc.sensitivity import Loss, Sensitivities
 from tests.compiled import BUDGET, DEVICES, TOKENS, compiled_pair, logits
 from tests.families import FAMILIES
@@ -163,6 +164,25 @@ def test_given_sensitivities_decide() -> None:
     chosen = qpc.compile(model, budget=3, effort="fast", sensitivities=Sensitivities(values, Loss.KL, noise=0.02, seed=0, tokens=1))
     bits = {row.name: row.bits for row in qpc.report_of(chosen).rows}
     assert bits[favourite] > max(value for name, value in bits.items() if name != favourite)
+
+
+@pytest.mark.parametrize("calibration", ["self", None, qpc.SelfSampled(tokens=300, start=Start.RANDOM), TOKENS])
+def test_calibration_is_reported(calibration: object) -> None:
+    report = qpc.report_of(qpc.compile(FAMILIES["llama"]().eval(), budget=3, effort="fast", calibration=calibration))
+    shares = [row.remaining for row in report.quantized]
+    assert all((share is None) == (calibration is None) for share in shares)
+    assert (report.calibration is None) == (calibration is None)
+    assert report.calibration is None or "tokens in" in report.calibration
+
+
+def test_a_plain_module_is_compiled_without_feedback_and_says_so() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    x = torch.randn(64, 64)
+    report = qpc.report_of(qpc.compile(model, budget=4, effort="fast", example_inputs=(x,)))
+    assert report.calibration is None and any("without error feedback" in remark for remark in report.remarks)
+    report = qpc.report_of(qpc.compile(model, budget=4, effort="fast", example_inputs=(x,), calibration=x))
+    assert report.calibration == "given, 64 tokens in 64 sequences"
+    assert not any("feedback" in remark for remark in report.remarks)
 
 
 def test_one_dump_for_every_pass_and_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

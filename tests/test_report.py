@@ -25,6 +25,7 @@ rows = st.builds(
     weight_bytes=st.integers(0, 10**12),
     distortion=st.none() | finite,
     sensitivity=st.none() | finite,
+    remaining=st.none() | finite,
     group=st.lists(names, max_size=3).map(tuple),
     reason=st.none() | words,
 )
@@ -35,6 +36,7 @@ reports = st.builds(
     budget=words,
     seed=st.integers(0, 2**31),
     effort=words,
+    calibration=st.none() | words,
     model_bytes=st.integers(0, 10**13),
     model_bytes_before=st.integers(0, 10**13),
     predicted_loss=st.none() | finite,
@@ -43,11 +45,11 @@ reports = st.builds(
 
 
 def row(name: str, bits: float = 3.0, quantizer: str | None = "trellis 3", group: tuple[str, ...] = ()) -> ReportRow:
-    return ReportRow(name, 64, 32, quantizer, bits, int(64 * 32 * bits / 8), 0.02, 1.0, group or (name,), None)
+    return ReportRow(name, 64, 32, quantizer, bits, int(64 * 32 * bits / 8), 0.02, 1.0, 0.4, group or (name,), None)
 
 
 def report(*entries: ReportRow, notes: tuple[str, ...] = ()) -> Report:
-    return Report(entries, notes, "3bit", 0, "default", 10_000, 40_000, 0.25, 0.0)
+    return Report(entries, notes, "3bit", 0, "default", "given, 90 tokens", 10_000, 40_000, 0.25, 0.0)
 
 
 def printed(part: Any, width: int) -> str:
@@ -153,7 +155,14 @@ def test_experts_are_averaged() -> None:
 def test_summary_tells_sizes_and_groups() -> None:
     pairs = [tuple(f"h.{i}.{kind}" for kind in ("gate", "up")) for i in range(3)]
     text = printed(summary(report(*(row(name, group=pair) for pair in pairs for name in pair))), 100)
-    for expected in ("40.0 kB -> 10.0 kB, 4.00x smaller", "3.000 bits per weight", "KL 0.2500 nats", "optimal", "gate + up: 3 groups"):
+    for expected in (
+        "40.0 kB -> 10.0 kB, 4.00x smaller",
+        "3.000 bits per weight",
+        "KL 0.2500 nats",
+        "optimal",
+        "gate + up: 3 groups",
+        "given, 90 tokens",
+    ):
         assert expected in text
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qpc.errors import ModelError
-from qpc.progress import Progress, silent, track
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -95,28 +94,6 @@ def copy_tokenizer_files(source: Path | str, target: Path | str) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-@torch.inference_mode()
-def sample(model: nn.Module, sequences: int, length: int, seed: int, temperature: float = 1.0, progress: Progress = silent) -> Tensor:
-    """Text that the model makes up: int64 [sequences, length] on the CPU, each row from the BOS token on, never stopped by an end token.
-
-    A model without a BOS token starts each row with a random one. The same seed gives the same text on the same machine.
-    """
-    config: Any = model.config
-    config = config.get_text_config()
-    device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(seed)
-    bos = getattr(config, "bos_token_id", None)
-    first = torch.randint(config.vocab_size, (sequences, 1), generator=draw)
-    tokens = [first if bos is None else torch.full((sequences, 1), int(bos))]
-    cache = None
-    for _ in track(range(length - 1), "sample", length - 1, progress):
-        output = model(tokens[-1].to(device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        chances = (output.logits[:, -1].float() / temperature).softmax(dim=1).cpu()
-        tokens.append(torch.multinomial(chances, 1, generator=draw))
-    return torch.cat(tokens, dim=1)
 
 
 def gguf_file(path: Path) -> Path | None:

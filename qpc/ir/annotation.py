@@ -76,6 +76,7 @@ class Annotation:
     distortion: expected (ALLOCATED), then measured (QUANTIZED) relative squared error.
     weight_bytes: expected, then actual stored bytes.
     kurtosis: excess kurtosis of the weight's rows before and after the rotation.
+    remaining: share of the error at the output of the linear that error feedback left; None without feedback.
     """
 
     site: LinearSite | None = None
@@ -85,6 +86,7 @@ class Annotation:
     distortion: float | None = None
     weight_bytes: int | None = None
     kurtosis: tuple[float, float] | None = None
+    remaining: float | None = None
 
     def but(self, **changes: Any) -> "Annotation":
         """A copy with some fields replaced."""

@@ -56,7 +56,7 @@ def summary(program: Program) -> str:
     """
     same = representatives(program.graph)
     values: dict[fx.Node, int] = {}
-    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "bytes")]
+    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "remaining", "bytes")]
     for node in program.linears():
         found = annotation(node)
         assert found.site is not None
@@ -70,6 +70,7 @@ def summary(program: Program) -> str:
                 "" if found.quantizer is None else str(found.quantizer),
                 _number(found.sensitivity),
                 _number(found.distortion),
+                _number(found.remaining),
                 "" if found.weight_bytes is None else str(found.weight_bytes),
             )
         )
@@ -149,6 +150,7 @@ def _facts(found: Annotation) -> dict[str, Any]:
         "distortion": found.distortion,
         "weight_bytes": found.weight_bytes,
         "kurtosis": None if found.kurtosis is None else list(found.kurtosis),
+        "remaining": found.remaining,
     }
 
 

@@ -37,6 +37,7 @@ class Program:
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
     decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
     history: names of the passes already run, in order; a graph may go through several pipelines.
+    calibration: the inputs on which second moments were taken, in words; None: there were none.
     allocation: what the solver chose, a `qpc.solver.Allocation` (from ALLOCATED on). The IR knows nothing of solvers, hence the type.
     """
 
@@ -50,6 +51,7 @@ class Program:
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     decisions: dict[str, Annotation] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
+    calibration: str | None = None
     allocation: object | None = None
 
     @property

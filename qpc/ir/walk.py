@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qpc.ir.program import Program
 from qpc.ir.values import mutated
@@ -27,11 +29,37 @@ class Walk:
         # A copy of the walk shares its tensors with the walk, so a graph that writes into tensors is run from its start every time.
         self._stays = bool(mutated(program.graph))
 
-    def advance(self, node: fx.Node) -> None:
-        """Execute everything before `node`."""
+    @property
+    def stays(self) -> bool:
+        """Whether `advance` leaves the walk at its start, because the graph writes into tensors."""
+        return self._stays
+
+    def advance(self, node: fx.Node, weights: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> None:
+        """Execute everything before `node`, as if the linears `weights` had these matrices [out_features, in_features]."""
         while not self._stays and self._nodes[self._position] is not node:
-            self._step(self._nodes[self._position], self._values, {})
+            self._step(self._nodes[self._position], self._values, weights)
             self._position += 1
+
+    def input_of(self, node: fx.Node, weights: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> Any:
+        """The value of the first argument of `node`, to which the walk advances."""
+        self.advance(node, weights)
+        values = self._values
+        if self._stays:
+            values = dict(values)
+            for before in self._nodes[: self._nodes.index(node)]:
+                self._step(before, values, weights)
+        return fx.node.map_arg(node.args[0], values.__getitem__)
+
+    def live(self) -> list[Tensor]:
+        """The tensors that the walk has computed and still needs."""
+        computed = (value for node, value in self._values.items() if node.op != "placeholder")
+        return [leaf for leaf in tree_leaves(list(computed)) if isinstance(leaf, Tensor)]
+
+    def move(self, device: torch.device) -> None:
+        """Put those tensors on a device; they must be on that of the model before the walk goes on."""
+        for node, value in self._values.items():
+            if node.op != "placeholder":
+                self._values[node] = tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
     def fork(self) -> "Walk":
         """A walk that stands at the same place and goes on by itself."""

@@ -1,7 +1,7 @@
-"""Quantize: rotate each weight that has a quantizer, and pack it."""
+"""Quantize: rotate each weight that has a quantizer, and pack it, with error feedback if there are samples of the inputs."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,13 +9,19 @@ import networkx as nx  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
+from qpc.calibration import Samples
 from qpc.ir.annotation import LinearSite, annotate, annotation
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
+from qpc.ir.values import representatives
 from qpc.kernels.encoder import encoder_for
+from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
+from qpc.quant.feedback import Feedback, share_left
+from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation
+from qpc.quant.stacking import quantize_stacked
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Quantize(Pass):
     """Sites that read the same value, or apply the same weight, share one random sign vector, so any chosen grouping stays valid.
 
     seed: of the signs. The signs of a site depend on the seed and on the name of the first site that shares them, on nothing else.
+    samples: inputs on which the second moments for error feedback are taken; None: each weight is rounded on its own.
+    sequential: take each moment behind the layers that are already quantized, instead of all from the original model.
     """
 
     name: ClassVar[str] = "quantize"
@@ -30,32 +38,42 @@ class Quantize(Pass):
     ensures: ClassVar[Stage] = Stage.QUANTIZED
     seed: int = 0
     progress: Progress = silent
+    samples: Samples | None = None
+    sequential: bool = True
 
     def run(self, program: Program) -> PassResult:
-        """Pack every weight once, however many sites apply it."""
+        """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
-        signs = sign_owners(nodes)
-        rotations: dict[str, Rotation] = {}
-        applied: dict[str, list[fx.Node]] = {}
-        for node in nodes:
-            applied.setdefault(site_of(node).weight, []).append(node)
-        for sharing in track(applied.values(), "quantize", len(applied), self.progress):
-            note, site = annotation(sharing[0]), site_of(sharing[0])
-            assert note.quantizer is not None
-            weight = weight_matrix(program, site)
-            owner = signs[site.name]
-            if owner not in rotations:
-                rotations[owner] = Rotation.random(site.shape.in_features, self._generator(owner)).to(weight.device)
-            rotation = rotations[owner]
-            rotated = rotation.apply(weight)
-            packed = replace(note.quantizer.quantize(rotated, encoder_for(weight.device)), rotation=rotation)
-            kurtosis = excess_kurtosis(weight), excess_kurtosis(rotated)
-            error = relative_error(rotated, packed.rotated())
-            for node in sharing:
-                program.packed[site_of(node).name] = packed
-                annotate(node, annotation(node).but(distortion=error, weight_bytes=packed.nbytes, kurtosis=kurtosis))
+        stream = None
+        if self.samples is not None:
+            stream = MomentStream(program, self.samples.batches, self.samples.held_out, sequential=self.sequential)
+        count = len({site_of(node).weight for node in nodes})
+        for _ in track(self._in_turn(program, nodes, stream), "quantize", count, self.progress):
+            pass
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
         return PassResult(changed=tuple(program.packed))
+
+    def _in_turn(self, program: Program, nodes: list[fx.Node], stream: MomentStream | None) -> Iterator[None]:
+        """Pack the weights that read one input, then those of the next; yields once for each."""
+        signs = sign_owners(nodes)
+        rotations: dict[str, Rotation] = {}
+        for weights in by_input(program, nodes, signs):
+            site = site_of(weights[0][0])
+            owner = signs[site.name]
+            if owner not in rotations:
+                drawn = Rotation.random(site.shape.in_features, self._generator(owner))
+                rotations[owner] = drawn.to(program.tensor(site.weight).device)
+            rotation = rotations[owner]
+            feedback, moment = None, None
+            if stream is not None:
+                known = stream.moment(weights[0]).rotated(rotation)
+                feedback, moment = Feedback.of(known), known.matrix
+            for alike in by_quantizer(weights):
+                made = _pack(program, alike, rotation, feedback, moment)
+                if stream is not None:
+                    for sharing, weight in zip(alike, made, strict=True):
+                        stream.replace(dict.fromkeys(sharing, rotation.invert(weight)))
+                yield from (None for _ in alike)
 
     def _generator(self, owner: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}:{owner}".encode()).digest()
@@ -83,6 +101,52 @@ def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:
         names = sorted((name for kind, name in component if kind == "site"), key=order.__getitem__)
         owners.update(dict.fromkeys(names, names[0]))
     return owners
+
+
+def by_input(program: Program, nodes: Iterable[fx.Node], signs: Mapping[str, str]) -> list[list[list[fx.Node]]]:
+    """The sites of each weight, of all weights that are applied to the same values: in graph order of the first site of each."""
+    same = representatives(program.graph)
+    applied: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        applied.setdefault(site_of(node).weight, []).append(node)
+    stages: dict[object, list[list[fx.Node]]] = {}
+    for sharing in applied.values():
+        values = tuple(same[node.all_input_nodes[0]] for node in sharing)
+        stages.setdefault((signs[site_of(sharing[0]).name], values), []).append(sharing)
+    return list(stages.values())
+
+
+def by_quantizer(weights: Iterable[list[fx.Node]]) -> list[list[list[fx.Node]]]:
+    """Weights (each the list of its sites) of one quantizer together, in order of the first."""
+    alike: dict[Quantizer | None, list[list[fx.Node]]] = {}
+    for sharing in weights:
+        alike.setdefault(annotation(sharing[0]).quantizer, []).append(sharing)
+    return list(alike.values())
+
+
+def _pack(
+    program: Program, alike: list[list[fx.Node]], rotation: Rotation, feedback: Feedback | None, moment: Tensor | None
+) -> list[Tensor]:
+    """Quantize weights of one input and one quantizer, and record them: each as it is now, rotated float32 [out_features, in_features]."""
+    quantizer = annotation(alike[0][0]).quantizer
+    assert quantizer is not None
+    weights = [weight_matrix(program, site_of(sharing[0])) for sharing in alike]
+    rotated = [rotation.apply(weight) for weight in weights]
+    found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), feedback)
+    made = []
+    for sharing, weight, before, packed in zip(alike, weights, rotated, found, strict=True):
+        packed = replace(packed, rotation=rotation)
+        made.append(packed.rotated())
+        facts = {
+            "distortion": relative_error(before, made[-1]),
+            "weight_bytes": packed.nbytes,
+            "kurtosis": (excess_kurtosis(weight), excess_kurtosis(before)),
+            "remaining": None if moment is None else share_left(before, made[-1], moment, quantizer.distortion),
+        }
+        for node in sharing:
+            program.packed[site_of(node).name] = packed
+            annotate(node, annotation(node).but(**facts))
+    return made
 
 
 def weight_matrix(program: Program, site: LinearSite) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qpc.errors import QuantizerError
 from qpc.quant.layout import BLOCK_COLUMNS, column_blocks
+from qpc.quant.moment import Moment
 
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Candidates, relative to the mean of the diagonal."""
@@ -47,24 +48,23 @@ class Feedback:
     expected_share: float
 
     @staticmethod
-    def of(moment: Tensor, held_out: Tensor | None = None, dampings: Sequence[float] = DAMPINGS) -> "Feedback":
-        """Factor a second moment.
+    def of(moment: Moment, dampings: Sequence[float] = DAMPINGS) -> "Feedback":
+        """Factor the second moment of a linear's inputs.
 
-        moment: [in_features, in_features], symmetric and positive semidefinite up to rounding; any rank. held_out: the moment of samples
-        that `moment` does not contain, by which the damping is chosen among `dampings`.
+        moment: in the basis of the weight, of any rank. Where it has a held-out part, the damping is the best of `dampings` for that.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
-        if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not bool(moment.isfinite().all()):
-            raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(moment.shape)}")
-        wide = moment.double()
-        mean = wide.diagonal().mean()
-        if not mean > 0:  # inputs that are always zero: nothing to weigh by
-            wide, mean = torch.eye(len(moment), dtype=torch.float64, device=moment.device), torch.ones(())
-        judge = wide if held_out is None or not held_out.diagonal().sum() > 0 else held_out.double()
-        trials = (DEFAULT_DAMPING,) if judge is wide else dampings
-        found = min((_factor(wide, float(mean), damping, judge) for damping in trials), key=lambda each: each.expected_share)
-        return found
+        matrix = moment.matrix
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not bool(matrix.isfinite().all()):
+            raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(matrix.shape)}")
+        wide = matrix.double()
+        if not bool(wide.diagonal().sum() > 0):  # inputs that are always zero: nothing to weigh by
+            wide = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+        held_out = None if moment.held_out is None else moment.held_out.matrix.double()
+        if held_out is None or not bool(held_out.diagonal().sum() > 0):
+            return _factor(wide, DEFAULT_DAMPING, wide)
+        return min((_factor(wide, damping, held_out) for damping in dampings), key=lambda each: each.expected_share)
 
     def round(self, unit: Tensor, round_block: RoundBlock) -> Tensor:
         """Round a matrix [rows, columns] block by block from the last to the first, each towards its own values plus the carried error."""
@@ -81,30 +81,33 @@ class Feedback:
         return rows @ self.metric
 
 
-def weighted_error(weight: Tensor, made: Tensor, moment: Tensor) -> float:
-    """tr(E H E^T) over tr(W H W^T), E = weight - made, [rows, in_features] all: the relative squared error of the output. 0 for W = 0."""
+def share_left(weight: Tensor, made: Tensor, moment: Tensor, distortion: float) -> float:
+    """tr(E H E^T), E = weight - made, over what rounding without feedback is expected to leave, distortion * |W|^2 * mean diag H.
+
+    weight, made: [out_features, in_features]. moment: H, [in_features, in_features]. distortion: of the quantizer. 1 if nothing can be lost.
+    """
     error = weight - made
-    total = float((weight @ moment * weight).sum(dtype=torch.float64))
-    return float((error @ moment * error).sum(dtype=torch.float64)) / total if total > 0 else 0.0
+    left = float((error @ moment.to(error.dtype) * error).sum(dtype=torch.float64))
+    expected = distortion * float(weight.square().sum(dtype=torch.float64)) * float(moment.diagonal().mean(dtype=torch.float64))
+    return left / expected if expected > 0 else 1.0
 
 
-def _factor(moment: Tensor, mean: float, damping: float, judge: Tensor) -> Feedback:
+def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
     """The feedback at one damping, raised tenfold as long as the damped moment cannot be factored. Float64 inside."""
-    features = len(moment)
+    features, mean = len(moment), moment.diagonal().mean()
     columns = column_blocks(features) * BLOCK_COLUMNS
-    eye = torch.eye(features, dtype=torch.float64, device=moment.device)
     while True:
-        damped = moment + damping * mean * eye
+        damped = moment + torch.diag_embed((damping * mean).expand(features))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break
         damping *= 10
-    padded = torch.eye(columns, dtype=torch.float64, device=moment.device)
+    eye = torch.eye(columns, dtype=torch.float64, device=moment.device)
+    padded = eye.clone()
     padded[:features, :features] = lower
-    diagonal = torch.block_diag(*(padded[i : i + BLOCK_COLUMNS, i : i + BLOCK_COLUMNS] for i in range(0, columns, BLOCK_COLUMNS)))
+    blocks = torch.arange(columns, device=moment.device) // BLOCK_COLUMNS
+    diagonal = padded * (blocks[:, None] == blocks)
     unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
-    inverse = torch.linalg.solve_triangular(unit, torch.eye(columns, dtype=torch.float64, device=moment.device), upper=False)
-    inverse = inverse[:features, :features]
+    inverse = torch.linalg.solve_triangular(unit, eye, upper=False)[:features, :features]
     share = float((inverse @ judge * inverse).sum() / judge.diagonal().sum())
-    carry = unit - torch.eye(columns, dtype=torch.float64, device=moment.device)
-    return Feedback(carry.float(), damped.float(), damping, share)
+    return Feedback((unit - eye).float(), damped.float(), damping, share)

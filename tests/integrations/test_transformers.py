@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from qpc.errors import ModelError
-from qpc.integrations.transformers import TOKENIZER_FILES, copy_tokenizer_files, load_pretrained, load_tokenizer, sample, skeleton
+from qpc.integrations.transformers import TOKENIZER_FILES, copy_tokenizer_files, load_pretrained, load_tokenizer, skeleton
 
 
 @pytest.fixture
@@ -147,30 +146,3 @@ def test_bad_skeletons(directory: Path, make: Callable[[Path], object]) -> None:
     make(directory)
     with pytest.raises(ModelError):
         skeleton(directory)
-
-
-def test_samples_repeat_with_their_seed(tiny_directory: Path) -> None:
-    model, _ = load_pretrained(tiny_directory)
-    first, again, other = (sample(model, 3, 20, seed=seed) for seed in (1, 1, 2))
-    assert first.shape == (3, 20) and first.dtype == torch.int64
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert bool((first[:, 0] == 0).all()), "every row starts with the BOS token"
-    assert not torch.equal(first[0], first[1])
-
-
-def test_samples_follow_the_model(tiny_directory: Path) -> None:
-    """With a sharpened head, the likeliest continuation must come out: the cache carries what came before."""
-    model, _ = load_pretrained(tiny_directory)
-    text = sample(model, 2, 24, seed=0, temperature=1e-4)
-    with torch.inference_mode():
-        likeliest = model(text).logits.argmax(dim=2)
-    assert torch.equal(text[:, 1:], likeliest[:, :-1])
-
-
-def test_without_bos_the_first_token_is_random(tiny_directory: Path) -> None:
-    model, _ = load_pretrained(tiny_directory)
-    assert isinstance(model, nn.Module)
-    model.config.bos_token_id = None
-    text = sample(model, 32, 2, seed=0)
-    assert text[:, 0].unique().numel() > 8
-    assert int(text.min()) >= 0 and int(text.max()) < 257

@@ -1,0 +1,101 @@
+"""Second moments of what the linears of a program read, collected while batches of inputs walk through its graph side by side."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from qpc.ir.annotation import annotation
+from qpc.ir.program import Program
+from qpc.ir.walk import Walk
+from qpc.quant.moment import Moment
+
+ROWS_AT_ONCE = 8192
+"""Inputs that are converted and multiplied at a time; bounds the memory of the temporaries."""
+
+MEMORY_SHARE = 0.25
+"""Share of the free memory of a GPU that live values of waiting batches may take before they wait on the CPU."""
+
+
+class MomentStream:
+    """Batches of inputs on their way through a program, in step.
+
+    `moment` moves all of them to a linear; `replace` gives linears other weights for the rest of the way. Between the two one batch after
+    another advances, so the memory is that of the values which later nodes still need (those that the batches wait with, on the CPU if
+    there are too many for a GPU), and of the activations of one batch.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Sequence[Tensor],
+        held_out: Sequence[Tensor] = (),
+        *,
+        sequential: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A stream at the beginning of the graph.
+
+        program: CANONICAL or later, not lowered, with one input. batches, held_out: values of that input. sequential: whether `replace`
+        has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32 or float64.
+        """
+        self._program = program
+        self._device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+        self._walks = [[Walk(program, (batch.to(self._device),)) for batch in part] for part in (batches, held_out)]
+        self._order = {node: position for position, node in enumerate(program.graph.nodes)}
+        self._weights: dict[fx.Node, Tensor] = {}
+        self._sequential = sequential
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def moment(self, nodes: Iterable[fx.Node]) -> Moment:
+        """The second moment of the values that linears read, over all of them together.
+
+        nodes: the linears that apply one weight, none of them before one that the stream has been moved to. The stream moves to the first
+        of them in the graph, and a copy of it looks ahead to the others, with the weights as they are replaced now.
+        """
+        ordered = sorted(nodes, key=self._order.__getitem__)
+        fit, held_out = (self._summed(walks, ordered) for walks in self._walks)
+        assert fit is not None, "a stream has batches"
+        self._forget(ordered[0])
+        return replace(fit, held_out=held_out)
+
+    def replace(self, weights: Mapping[fx.Node, Tensor]) -> None:
+        """Let linears that the stream has not passed have these weights: [out_features, in_features], any dtype, on any device."""
+        if self._sequential:
+            for node, weight in weights.items():
+                site = annotation(node).site
+                assert site is not None
+                self._weights[node] = weight.to(self._device, self._program.tensor(site.weight).dtype)
+
+    def _summed(self, walks: list[Walk], nodes: list[fx.Node]) -> Moment | None:
+        total: Tensor | None = None
+        count = 0
+        parked = self._crowded(walks)
+        for walk in walks:
+            walk.move(self._device)
+            for number, node in enumerate(nodes):
+                value = (walk if number == 0 else walk.fork()).input_of(node, self._weights)
+                for rows in value.reshape(-1, value.shape[-1]).split(ROWS_AT_ONCE):
+                    wide = rows.to(self._dtype)
+                    total = wide.t() @ wide if total is None else total.addmm_(wide.t(), wide)
+                    count += len(rows)
+            if parked:
+                walk.move(torch.device("cpu"))
+        return None if total is None or count == 0 else Moment(total / count, count)
+
+    def _crowded(self, walks: list[Walk]) -> bool:
+        """Whether the values with which walks wait are too many for the memory of the GPU."""
+        if self._device.type != "cuda":
+            return False
+        live = [tensor for walk in walks for tensor in walk.live()]
+        free, _ = torch.cuda.mem_get_info(self._device)
+        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        on_device = sum(tensor.nbytes for tensor in live if tensor.is_cuda)
+        return sum(tensor.nbytes for tensor in live) > MEMORY_SHARE * (free + on_device)
+
+    def _forget(self, node: fx.Node) -> None:
+        """Drop weights that every batch has passed."""
+        if not any(walk.stays for part in self._walks for walk in part):
+            self._weights = {other: weight for other, weight in self._weights.items() if self._order[other] >= self._order[node]}

@@ -1,0 +1,28 @@
+"""Weights that are quantized together: rows are independent of each other, so many of them keep a parallel encoder busy."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qpc.quant.feedback import Feedback
+from qpc.quant.layout import BLOCK_ROWS, row_blocks
+from qpc.quant.quantizer import PackedWeight, Quantizer, RingEncoder
+
+
+def quantize_stacked(
+    quantizer: Quantizer, weights: Sequence[Tensor], encoder: RingEncoder | None = None, feedback: Feedback | None = None
+) -> list[PackedWeight]:
+    """Quantize rotated weights [out_features_i, in_features] of one input by one quantizer: as `Quantizer.quantize`, one by one."""
+    padded = [functional.pad(weight, (0, 0, 0, -len(weight) % BLOCK_ROWS)) for weight in weights]
+    whole = quantizer.quantize(torch.cat(padded) if len(padded) > 1 else weights[0], encoder, feedback)
+    made, start = [], 0
+    for weight in weights:
+        stop = start + row_blocks(len(weight))
+        codes = tuple(part[start:stop].clone() for part in whole.codes)
+        scales = whole.scales[start * BLOCK_ROWS : stop * BLOCK_ROWS].clone()
+        made.append(replace(whole, out_features=len(weight), codes=codes, scales=scales))
+        start = stop
+    return made
