@@ -65,7 +65,7 @@ def _advance_vectors(
         shift = splat(builder.trunc(step_bits, half))
         best, found = (cgutils.alloca_once(builder, kind) for kind in (floats, wide))  # type: ignore[no-untyped-call]
         lanes, zero = ir.Constant(word, LANES), ir.Constant(word, 0)
-        with cgutils.for_range_slice(builder, zero, suffixes, lanes, inc=True) as (start, _):  # type: ignore[no-untyped-call]
+        with cgutils.for_range_slice(builder, zero, suffixes, lanes, inc=True) as (start, _):
             own = builder.add(splat(builder.trunc(start, half)), constant(half, list(range(LANES))))
             base = builder.shl(own, shift)
             builder.store(constant(real, [float(FAR)] * LANES), best)
@@ -140,7 +140,8 @@ def _walk(
         cell, x, y = cells[at], values[at, 0], values[at, 1]
         before, after = costs[step % 2], costs[(step + 1) % 2]
         _advance(before, after, history[step], symbols, points, cell, x, y, step_bits)
-    return costs[steps % 2]
+    last: NDArray[np.float32] = costs[steps % 2]
+    return last
 
 
 @njit(nogil=True, cache=True)
