@@ -56,6 +56,9 @@ def compile_model(
     total: Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)] = None,
     effort: Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")] = "default",
     exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")] = None,
+    rotation_block: Annotated[
+        int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
@@ -75,7 +78,13 @@ def compile_model(
     original, _ = load_pretrained(model)
     with ProgressBars() as progress:
         compiled = qpc.compile(
-            original.to(pick_device(device)), budget, effort=effort, exclude=tuple(exclude or ()), seed=seed, progress=progress
+            original.to(pick_device(device)),
+            budget,
+            effort=effort,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            rotation_block=rotation_block,
+            progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
     report, elapsed_s = qpc.report_of(compiled), time.monotonic() - start_s

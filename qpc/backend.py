@@ -29,7 +29,7 @@ from qpc.passes.pipeline import Pipeline
 from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
-LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "inner")
+LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "rotation_block", "inner")
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
 _COUNT = itertools.count()
@@ -59,6 +59,7 @@ class BackendOptions:
             exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
             seed=int(given.get("seed", 0)),
             same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
+            rotation_block=None if given.get("rotation_block") is None else int(given["rotation_block"]),
         )
         inner = str(given.get("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
@@ -72,7 +73,7 @@ def qpalette(
 ) -> Callable[..., Any]:
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
-    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group` as in `qpc.compile`, and `inner`.
+    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

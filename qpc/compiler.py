@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qpc.budget import Budget
 from qpc.capture import capture
-from qpc.errors import ModelError, QpcError
+from qpc.errors import ModelError, QpcError, SettingsError
 from qpc.ir.program import Program
 from qpc.kernels.linear import QuantizedLinear
 from qpc.passes.allocate import Allocate
@@ -33,6 +33,8 @@ class Options:
     exclude: patterns (as in a shell) of module names that stay as they are.
     seed: of the signs, the noise and the random tokens.
     same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
+    rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
+        divides it. None is no limit.
     """
 
     budget: Budget
@@ -40,6 +42,11 @@ class Options:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     same_quantizer_in_group: bool = False
+    rotation_block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rotation_block is not None and self.rotation_block < 1:
+            raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
 
 
 def compile(
@@ -50,6 +57,7 @@ def compile(
     exclude: Iterable[str] = (),
     seed: int = 0,
     same_quantizer_in_group: bool = False,
+    rotation_block: int | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivities: Sensitivities | None = None,
     progress: Progress = silent,
@@ -64,7 +72,7 @@ def compile(
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
     """
-    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group)
+    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group, rotation_block)
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline((Lower(),)).run(program)
     result = install(model, program)
@@ -105,7 +113,7 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
         sensitivities = estimate(program, seed=options.seed, progress=progress)
     rest: tuple[Pass, ...] = (
         Allocate(options.budget, default_palette(options.effort), sensitivities, options.same_quantizer_in_group),
-        Quantize(options.seed, progress),
+        Quantize(options.seed, options.rotation_block, progress),
     )
     Pipeline(rest).run(program)
     return program

@@ -56,7 +56,7 @@ def summary(program: Program) -> str:
     """
     same = representatives(program.graph)
     values: dict[fx.Node, int] = {}
-    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "bytes")]
+    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "bytes", "kurtosis")]
     for node in program.linears():
         found = annotation(node)
         assert found.site is not None
@@ -71,6 +71,7 @@ def summary(program: Program) -> str:
                 _number(found.sensitivity),
                 _number(found.distortion),
                 "" if found.weight_bytes is None else str(found.weight_bytes),
+                "" if found.kurtosis is None else " -> ".join(f"{value:.2f}" for value in found.kurtosis),
             )
         )
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, fx
 
 from qpc.ir.annotation import LinearSite, annotate, annotation
-from qpc.ir.program import Program
+from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.kernels.encoder import encoder_for
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
+from qpc.quant.hadamard import block_within
 from qpc.quant.rotation import Rotation
+
+GAUSSIAN_KURTOSIS = 1.0
+"""Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class Quantize(Pass):
     """Sites that read the same value, or apply the same weight, share one random sign vector, so any chosen grouping stays valid.
 
     seed: of the signs. The signs of a site depend on the seed and on the name of the first site that shares them, on nothing else.
+    rotation_block: most inputs that a rotation may mix, as `block_within` has it; None rotates as many as there is a matrix for.
     """
 
     name: ClassVar[str] = "quantize"
     requires: ClassVar[Stage] = Stage.ALLOCATED
     ensures: ClassVar[Stage] = Stage.QUANTIZED
     seed: int = 0
+    rotation_block: int | None = None
     progress: Progress = silent
 
     def run(self, program: Program) -> PassResult:
@@ -36,6 +42,7 @@ class Quantize(Pass):
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
         signs = sign_owners(nodes)
         rotations: dict[str, Rotation] = {}
+        remarks: list[Remark] = []
         applied: dict[str, list[fx.Node]] = {}
         for node in nodes:
             applied.setdefault(site_of(node).weight, []).append(node)
@@ -45,17 +52,21 @@ class Quantize(Pass):
             weight = weight_matrix(program, site)
             owner = signs[site.name]
             if owner not in rotations:
-                rotations[owner] = Rotation.random(site.shape.in_features, self._generator(owner)).to(weight.device)
+                block = block_within(site.shape.in_features, self.rotation_block)
+                rotations[owner] = Rotation.random(site.shape.in_features, self._generator(owner), block).to(weight.device)
             rotation = rotations[owner]
             rotated = rotation.apply(weight)
             packed = replace(note.quantizer.quantize(rotated, encoder_for(weight.device)), rotation=rotation)
             kurtosis = excess_kurtosis(weight), excess_kurtosis(rotated)
+            if kurtosis[1] > GAUSSIAN_KURTOSIS:
+                reason = f"still far from Gaussian after the rotation in blocks of {rotation.block}: excess kurtosis {kurtosis[1]:.1f}"
+                remarks.append(self.declined(site.name, reason))
             error = relative_error(rotated, packed.rotated())
             for node in sharing:
                 program.packed[site_of(node).name] = packed
                 annotate(node, annotation(node).but(distortion=error, weight_bytes=packed.nbytes, kurtosis=kurtosis))
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
-        return PassResult(changed=tuple(program.packed))
+        return PassResult(tuple(program.packed), tuple(remarks))
 
     def _generator(self, owner: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}:{owner}".encode()).digest()

@@ -1,15 +1,18 @@
 """Quantize: weights are packed once, signs follow what is shared, and the recorded errors are the real ones."""
 
+import json
+
 import pytest
 import torch
 from torch import fx, nn
 
 from qpc.capture import capture
 from qpc.ir.annotation import annotate, annotation
+from qpc.ir.printer import to_json, to_text
 from qpc.ir.program import Program
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
-from qpc.passes.quantize import Quantize, excess_kurtosis, relative_error, sign_owners, site_of
+from qpc.passes.quantize import GAUSSIAN_KURTOSIS, Quantize, excess_kurtosis, relative_error, sign_owners, site_of
 from qpc.quant.scalar import ScalarQuantizer
 
 
@@ -25,9 +28,9 @@ class Branches(nn.Module):
         return self.d(torch.relu(self.c(torch.tanh(self.a(x) + self.b(x)))))
 
 
-def allocated(model: nn.Module, quantizer: ScalarQuantizer | None = None) -> Program:
+def allocated(model: nn.Module, quantizer: ScalarQuantizer | None = None, inputs: int = 32) -> Program:
     """A program in which every linear has one quantizer."""
-    program = capture(model, example_inputs=(torch.randn(4, 32),))
+    program = capture(model, example_inputs=(torch.randn(4, inputs),))
     for step in (Canonicalize(), Fusion()):
         step.run(program)
     for node in program.linears():
@@ -92,6 +95,33 @@ def test_rotation_makes_rows_gaussian() -> None:
     before, after = program.decisions["0"].kurtosis
     assert before > 20
     assert abs(after) < 0.2
+
+
+def outliers(block: int | None) -> tuple[Program, list[str]]:
+    """A quantized linear with one input in 256 a hundred times as large as the others, and the remarks of the pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 64))
+    with torch.no_grad():
+        model[0].weight[:, ::256] *= 100
+    program = allocated(model, inputs=1024)
+    return program, [str(remark) for remark in Quantize(rotation_block=block).run(program).remarks]
+
+
+def test_rows_that_stay_far_from_gaussian_are_remarked() -> None:
+    program, remarks = outliers(block=8)
+    assert program.packed["0"].rotation.block == 8
+    assert program.decisions["0"].kurtosis[1] > GAUSSIAN_KURTOSIS
+    assert len(remarks) == 1 and "0: still far from Gaussian after the rotation in blocks of 8" in remarks[0]
+    before, after = program.decisions["0"].kurtosis
+    assert f"{before:.2f} -> {after:.2f}" in to_text(program)
+    (dumped,) = [node["linear"] for node in json.loads(to_json(program))["nodes"] if "linear" in node]
+    assert dumped["kurtosis"] == [before, after]
+
+
+def test_a_full_rotation_spreads_outliers() -> None:
+    program, remarks = outliers(block=None)
+    assert program.packed["0"].rotation.block == 1024
+    assert remarks == []
 
 
 def test_kurtosis_and_error_on_known_cases() -> None:
