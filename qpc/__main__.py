@@ -59,6 +59,9 @@ def compile_model(
     rotation_block: Annotated[
         int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
     ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
@@ -84,6 +87,7 @@ def compile_model(
             exclude=tuple(exclude or ()),
             seed=seed,
             rotation_block=rotation_block,
+            embeddings=embeddings,
             progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)

@@ -18,18 +18,17 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.budget import Budget
-from qpc.compiler import Options, build, decide
+from qpc.compiler import Options, build, decide, lowering, parse_rate
 from qpc.errors import CaptureError, SettingsError
 from qpc.ir.program import Program
 from qpc.passes.adopt import Adopt
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
-from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
 from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
-LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "rotation_block", "inner")
+LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "rotation_block", "embeddings", "inner")
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
 _COUNT = itertools.count()
@@ -60,6 +59,7 @@ class BackendOptions:
             seed=int(given.get("seed", 0)),
             same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
             rotation_block=None if given.get("rotation_block") is None else int(given["rotation_block"]),
+            embeddings=parse_rate(given.get("embeddings")),
         )
         inner = str(given.get("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
@@ -73,7 +73,8 @@ def qpalette(
 ) -> Callable[..., Any]:
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
-    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block` as in `qpc.compile`, and `inner`.
+    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings` as in
+        `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)
@@ -102,11 +103,11 @@ def _lower(program: Program, options: Options) -> None:
         program.excluded.update(source.excluded)
         dump = Settings.from_environment().dump
         graphs = dump / f"graph_{next(_COUNT)}" if dump is not None else None
-        Pipeline((Canonicalize(), Fusion(), Adopt(source), Lower())).run(program, dump=graphs)
+        Pipeline((Canonicalize(), Fusion(), Adopt(source), *lowering(source))).run(program, dump=graphs)
     else:
         with _outside_dynamo():
             decide(program, options)
-        Pipeline((Lower(),)).run(program)
+        Pipeline(lowering(program)).run(program)
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:

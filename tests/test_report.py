@@ -27,6 +27,7 @@ rows = st.builds(
     sensitivity=st.none() | finite,
     group=st.lists(names, max_size=3).map(tuple),
     reason=st.none() | words,
+    budgeted=st.booleans(),
 )
 reports = st.builds(
     Report,

@@ -1,12 +1,10 @@
 """Quantize: rotate each weight that has a quantizer, and pack it."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx as nx  # type: ignore[import-untyped]
-import torch
 from torch import Tensor, fx
 
 from qpc.ir.annotation import LinearSite, annotate, annotation
@@ -16,7 +14,7 @@ from qpc.kernels.encoder import encoder_for
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
 from qpc.quant.hadamard import block_within
-from qpc.quant.rotation import Rotation
+from qpc.quant.rotation import Rotation, seeded_generator
 
 GAUSSIAN_KURTOSIS = 1.0
 """Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
@@ -53,7 +51,7 @@ class Quantize(Pass):
             owner = signs[site.name]
             if owner not in rotations:
                 block = block_within(site.shape.in_features, self.rotation_block)
-                rotations[owner] = Rotation.random(site.shape.in_features, self._generator(owner), block).to(weight.device)
+                rotations[owner] = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block).to(weight.device)
             rotation = rotations[owner]
             rotated = rotation.apply(weight)
             packed = replace(note.quantizer.quantize(rotated, encoder_for(weight.device)), rotation=rotation)
@@ -67,10 +65,6 @@ class Quantize(Pass):
                 annotate(node, annotation(node).but(distortion=error, weight_bytes=packed.nbytes, kurtosis=kurtosis))
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
         return PassResult(tuple(program.packed), tuple(remarks))
-
-    def _generator(self, owner: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}:{owner}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def site_of(node: fx.Node) -> LinearSite:

@@ -4,6 +4,7 @@
 the activation it leaves the product unchanged, since the transform is orthogonal.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,12 @@ class Rotation:
     def to(self, device: torch.device | str) -> "Rotation":
         """The same rotation on another device."""
         return Rotation(self.features, self.block, self.signs.to(device))
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose state depends on the seed and a name, on nothing else."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def unpack_signs(signs: Tensor, features: int, dtype: torch.dtype) -> Tensor:
