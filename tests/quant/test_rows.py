@@ -41,7 +41,11 @@ class Bytes(UniformQuantizer):
         return codes.view(torch.uint8).reshape(rows, columns, 64, 16).transpose(1, 2).reshape(rows * 64, columns * 16).float()
 
 
-PARTS = [TrellisQuantizer(bits, window) for bits in (3, 4, 5, 7, 12) for window in (12, 16, 20)]
+PARTS = [
+    TrellisQuantizer(bits, window)
+    for bits, windows in {3: (12, 19), 4: (16,), 5: (20,), 7: (13, 16), 12: (18, 20)}.items()
+    for window in windows
+]
 PARTS += [ScalarQuantizer(bits) for bits in range(1, 9)]
 
 
