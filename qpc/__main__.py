@@ -56,6 +56,12 @@ def compile_model(
     total: Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)] = None,
     effort: Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")] = "default",
     exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")] = None,
+    rotation_block: Annotated[
+        int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
     ] = "self",
@@ -89,6 +95,8 @@ def compile_model(
             effort=effort,
             exclude=tuple(exclude or ()),
             seed=seed,
+            rotation_block=rotation_block,
+            embeddings=embeddings,
             calibration=data,
             progress=progress,
         )

@@ -19,18 +19,28 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.budget import Budget
 from qpc.calibration import parse as parse_calibration
-from qpc.compiler import Options, build, decide
+from qpc.compiler import Options, build, decide, lowering, parse_rate
 from qpc.errors import CaptureError, SettingsError
 from qpc.ir.program import Program
 from qpc.passes.adopt import Adopt
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
-from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
 from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
-LEGAL = ("budget", "effort", "exclude", "seed", "same_quantizer_in_group", "calibration", "tokenizer", "inner")
+LEGAL = (
+    "budget",
+    "effort",
+    "exclude",
+    "seed",
+    "same_quantizer_in_group",
+    "rotation_block",
+    "embeddings",
+    "calibration",
+    "tokenizer",
+    "inner",
+)
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
 _COUNT = itertools.count()
@@ -60,6 +70,8 @@ class BackendOptions:
             exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
             seed=int(given.get("seed", 0)),
             same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
+            rotation_block=None if given.get("rotation_block") is None else int(given["rotation_block"]),
+            embeddings=parse_rate(given.get("embeddings")),
             calibration=parse_calibration(given.get("calibration", "self"), tokenizer=given.get("tokenizer")),
         )
         inner = str(given.get("inner", "inductor"))
@@ -74,8 +86,8 @@ def qpalette(
 ) -> Callable[..., Any]:
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
-    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `calibration`, `tokenizer` as in
-        `qpc.compile`, and `inner`.
+    options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
+        `tokenizer` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)
@@ -104,11 +116,11 @@ def _lower(program: Program, options: Options) -> None:
         program.excluded.update(source.excluded)
         dump = Settings.from_environment().dump
         graphs = dump / f"graph_{next(_COUNT)}" if dump is not None else None
-        Pipeline((Canonicalize(), Fusion(), Adopt(source), Lower())).run(program, dump=graphs)
+        Pipeline((Canonicalize(), Fusion(), Adopt(source), *lowering(source))).run(program, dump=graphs)
     else:
         with _outside_dynamo():
             decide(program, options)
-        Pipeline((Lower(),)).run(program)
+        Pipeline(lowering(program)).run(program)
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:

@@ -55,15 +55,13 @@ def capture(model: nn.Module, *, example_inputs: tuple[Tensor, ...] | None = Non
 def _excluded(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, str]:
     names = [name.removesuffix(".weight") for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 2]
     linears = [name for name in names if not isinstance(_submodule(model, name), nn.Embedding)]
-    found: dict[str, str] = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {name: OUTPUT_HEAD for name, module in model.named_modules(remove_duplicate=False) if module is head and module is not None}
     for pattern in patterns:
         matched = [name for name in linears if fnmatchcase(name, pattern)]
         if not matched:
             raise ModelError(f"the pattern {pattern!r} matches no linear; the linears are named like {', '.join(linears[:3]) or '(none)'}")
         found |= {name: f"excluded by the pattern {pattern!r}" for name in matched}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(head, nn.Module):
-        found |= {name: OUTPUT_HEAD for name, module in model.named_modules(remove_duplicate=False) if module is head}
     return found
 
 

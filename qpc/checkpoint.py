@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON that any machine can read.
 
-    qpc.json            what the tensors mean: format version, one entry per quantized linear, tied names, the report
-    model.safetensors   every tensor: those of quantized linears under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
+    qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding, tied names, the report
+    model.safetensors   every tensor: those of quantized modules under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
                         all others under the names that the model gives them
     config.json, generation_config.json, tokenizer files: as the original has them
 
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from qpc.compiler import report_of
 from qpc.errors import CheckpointError
+from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear, stack_rows
+from qpc.kernels.packed_module import PackedModule, tie, tied_groups
 from qpc.quant import palette
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.report import Report
@@ -33,6 +35,8 @@ FORMAT = "qpc"
 FORMAT_VERSION = 1
 MANIFEST = "qpc.json"
 TENSORS = "model.safetensors"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+"""Of the rows that an embedding makes, by name."""
 
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
@@ -43,6 +47,7 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
 def write(model: nn.Module, directory: Path) -> None:
     """Write manifest and tensors of a compiled model into an existing directory."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    tables = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedEmbedding)}
     entries: dict[str, Any] = {}
     for name, linear in linears.items():
         entries[name] = {
@@ -57,6 +62,7 @@ def write(model: nn.Module, directory: Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "linears": entries,
+        "embeddings": {name: _embedding_entry(module) for name, module in tables.items()},
         "aliases": aliases,
         "report": report_of(model).to_json(),
     }
@@ -121,7 +127,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version!r}, this qpc reads {FORMAT_VERSION}; use the version that wrote it")
-    for key in ("linears", "aliases", "report"):
+    for key in ("linears", "embeddings", "aliases", "report"):
         if not isinstance(manifest.get(key), dict):
             raise CheckpointError(f"{path} has no valid {key!r} section; the checkpoint is damaged")
     return manifest
@@ -140,6 +146,8 @@ def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch
     manifest = read_manifest(directory)
     for name, entry in manifest["linears"].items():
         _place(model, name, entry)
+    for name, entry in manifest["embeddings"].items():
+        _place_embedding(model, name, entry)
     tensors = _read_tensors(Path(directory) / TENSORS, device)
     aliases: dict[str, str] = manifest["aliases"]
     for alias, name in aliases.items():
@@ -155,6 +163,8 @@ def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch
     model.to(device)
     result = Report.from_json(manifest["report"])
     regroup(model, result)
+    for sharing in tied_groups(module for module in model.modules() if isinstance(module, PackedModule)):
+        tie(sharing)
     model.qpc_report = result  # type: ignore[assignment]
     return model.eval()
 
@@ -177,16 +187,21 @@ def regroup(model: nn.Module, plan: Report) -> None:
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under their first names, and the other names of tied ones."""
+    """Tensors under their first names, and the other names of tied ones. Signs are shared by many; they are tied where the codes are."""
     first: dict[tuple[object, ...], str] = {}
-    tensors, aliases = {}, {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
     for name, tensor in state.items():
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first and not name.endswith(".signs"):
+        owner, _, leaf = name.rpartition(".")
+        codes = aliases.get(f"{owner}.codes0")
+        if leaf == "signs" and codes is not None:
+            aliases[name] = codes.removesuffix("codes0") + leaf
+        elif tensor.numel() and key in first and leaf != "signs":
             aliases[name] = first[key]
         else:
             first.setdefault(key, name)
-            tensors[name] = tensor if not name.endswith(".signs") else tensor.clone()
+            tensors[name] = tensor if leaf != "signs" else tensor.clone()
     return tensors, aliases
 
 
@@ -206,6 +221,37 @@ def _place(model: nn.Module, name: str, entry: object) -> None:
         raise CheckpointError(f"{name} is {out_features}x{in_features} (blocks of {block}) in the checkpoint, {found} in the model")
     bias = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if entry.get("bias") else None
     model.set_submodule(name, QuantizedLinear(out_features, in_features, palette.from_json(entry.get("quantizer")), block, bias))
+
+
+def _embedding_entry(module: QuantizedEmbedding) -> dict[str, Any]:
+    return {
+        "num_embeddings": module.num_embeddings,
+        "embedding_dim": module.embedding_dim,
+        "quantizer": palette.to_json(module.quantizer),
+        "block": module.block,
+        "dtype": str(module.scale.dtype).removeprefix("torch."),
+        "scale": module.factor,
+    }
+
+
+def _place_embedding(model: nn.Module, name: str, entry: object) -> None:
+    try:
+        replaced = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint packs {name}, which this model does not have; load it into the model it was made from"
+        ) from None
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"the entry of {name} is malformed; the checkpoint is damaged")
+    rows, features, block = (_count(name, entry, key) for key in ("num_embeddings", "embedding_dim", "block"))
+    weight = getattr(replaced, "weight", None)
+    found = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    if found != (rows, features) or (block and features % block):
+        raise CheckpointError(f"{name} is {rows}x{features} (blocks of {block}) in the checkpoint, {found} in the model")
+    dtype, scale = DTYPES.get(str(entry.get("dtype"))), entry.get("scale")
+    if dtype is None or not isinstance(scale, float):
+        raise CheckpointError(f"{name} has the dtype {entry.get('dtype')!r} and the scale {scale!r}; the checkpoint is damaged")
+    model.set_submodule(name, QuantizedEmbedding(rows, features, palette.from_json(entry.get("quantizer")), block, dtype, scale))
 
 
 def _count(name: str, entry: dict[str, object], key: str) -> int:

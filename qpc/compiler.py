@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from qpc.budget import Budget
 from qpc.calibration import Calibration, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
-from qpc.capture import capture
-from qpc.errors import ModelError, QpcError
+from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
+from qpc.errors import ModelError, QpcError, SettingsError
 from qpc.ir.annotation import Annotation
 from qpc.ir.program import Program
+from qpc.ir.table import APART
+from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
+from qpc.kernels.packed_module import PackedModule, tie
 from qpc.passes.allocate import Allocate
 from qpc.passes.base import Pass
 from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.embeddings import Embeddings
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
+from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.progress import Progress, silent
@@ -37,7 +42,12 @@ class Options:
     exclude: patterns (as in a shell) of module names that stay as they are.
     seed: of the signs, the noise and the random tokens.
     same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
+    rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
+        divides it. None is no limit.
+    embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
+
+    Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
     """
 
     budget: Budget
@@ -45,7 +55,15 @@ class Options:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     same_quantizer_in_group: bool = False
+    rotation_block: int | None = None
+    embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
+
+    def __post_init__(self) -> None:
+        if self.embeddings is not None:
+            default_palette(self.effort).at(self.embeddings)
+        if self.rotation_block is not None and self.rotation_block < 1:
+            raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
 
 
 def compile(
@@ -56,6 +74,8 @@ def compile(
     exclude: Iterable[str] = (),
     seed: int = 0,
     same_quantizer_in_group: bool = False,
+    rotation_block: int | None = None,
+    embeddings: Fraction | float | str | None = None,
     calibration: object = "self",
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
@@ -67,6 +87,7 @@ def compile(
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), or a `Budget`.
+    embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
     sensitivities: as estimated before; by default they are estimated without data.
@@ -74,10 +95,18 @@ def compile(
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
     """
-    data = parse_calibration(calibration, tokenizer=tokenizer)
-    options = Options(Budget.of(budget), Effort.parse(effort), tuple(exclude), seed, same_quantizer_in_group, data)
+    options = Options(
+        Budget.of(budget),
+        Effort.parse(effort),
+        tuple(exclude),
+        seed,
+        same_quantizer_in_group,
+        rotation_block,
+        parse_rate(embeddings),
+        parse_calibration(calibration, tokenizer=tokenizer),
+    )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
-    Pipeline((Lower(),)).run(program)
+    Pipeline(lowering(program)).run(program)
     result = install(model, program)
     result.qpc_report = make_report(program, options)  # type: ignore[assignment]
     return result
@@ -107,6 +136,9 @@ def build(
 
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
+    if options.embeddings is not None:
+        apart = {name: APART for name, reason in program.excluded.items() if reason in (OUTPUT_HEAD, EMBEDDING)}
+        program.excluded.update(apart)
     Pipeline((Canonicalize(), Fusion())).run(program)
     if not any(True for _ in program.linears()):
         kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
@@ -117,12 +149,30 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
     program.calibration = None if samples is None else samples.description
     if sensitivities is None:
         sensitivities = estimate(program, seed=options.seed, progress=progress)
+    palette = default_palette(options.effort)
+    if options.embeddings is not None:
+        Pipeline((Embeddings(palette.at(options.embeddings), options.seed, options.rotation_block, progress),)).run(program)
     rest: tuple[Pass, ...] = (
-        Allocate(options.budget, default_palette(options.effort), sensitivities, options.same_quantizer_in_group),
-        Quantize(options.seed, progress, samples),
+        Allocate(options.budget, palette, sensitivities, options.same_quantizer_in_group),
+        Quantize(options.seed, options.rotation_block, progress, samples),
     )
     Pipeline(rest).run(program)
     return program
+
+
+def lowering(program: Program) -> tuple[Pass, ...]:
+    """The passes from QUANTIZED to LOWERED."""
+    return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
+
+
+def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
+    """Bits per weight, exactly as written in decimals. Raises `SettingsError` for anything that is no number."""
+    if value is None or isinstance(value, Fraction):
+        return value
+    try:
+        return Fraction(str(value))
+    except ValueError as error:
+        raise SettingsError(f"embeddings={value!r} must be a number of bits per weight, such as 6 or 4.5") from error
 
 
 def irreplaceable(model: nn.Module) -> dict[str, str]:
@@ -142,12 +192,21 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def install(model: nn.Module, program: Program) -> nn.Module:
-    """A copy of the module tree with quantized linears; every other tensor is shared with `model`."""
+    """A copy of the module tree with quantized linears and tables; every other tensor is shared with `model`."""
     tensors = [*model.parameters(), *model.buffers()]
     result = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, packed in program.packed.items():
         bias = getattr(model.get_submodule(name), "bias", None)
         result.set_submodule(name, QuantizedLinear.from_packed(packed, bias))
+    for table in program.tables.values():
+        readers: list[PackedModule] = []
+        for lookup in table.lookups:
+            readers.append(QuantizedEmbedding.from_packed(table.packed, program.tensor(table.weight).dtype, lookup.scale))
+        for name in table.heads:
+            readers.append(QuantizedLinear.from_packed(table.packed, getattr(model.get_submodule(name), "bias", None)))
+        for name, module in zip(table.names, readers, strict=True):
+            result.set_submodule(name, module)
+        tie(readers)
     return result
 
 
@@ -171,11 +230,30 @@ def make_report(program: Program, options: Options) -> Report:
                 remaining=note.remaining,
                 group=note.group.members,
                 reason=None if note.quantizer is not None else "the allocation left it as it is",
+                budgeted=True,
+            )
+        )
+    for table in program.tables.values():
+        rows.append(
+            ReportRow(
+                name=table.names[0],
+                out_features=table.shape.out_features,
+                in_features=table.shape.in_features,
+                quantizer=str(table.packed.quantizer),
+                bits=table.packed.bits_per_weight,
+                weight_bytes=table.packed.nbytes,
+                distortion=table.distortion,
+                sensitivity=None,
+                remaining=None,
+                group=(table.names[0],),
+                reason=None,
+                budgeted=False,
             )
         )
     before = model_bytes(program.module)
     packed = {note.site.weight: note for name, note in program.decisions.items() if name in program.packed and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
+    saved += sum(program.tensor(weight).nbytes - table.packed.nbytes for weight, table in program.tables.items())
     predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())
     return Report(
         rows=tuple(rows),

@@ -17,13 +17,15 @@ from qpc.errors import CheckpointError
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One linear layer.
+    """One linear layer, embedding or output head.
 
     quantizer: None if the layer stays as it is; `reason` then says why.
     bits: stored bits per weight, scales and padding included.
     distortion: relative squared error of the weight. sensitivity: nats of KL per unit of it, if the error is white.
     remaining: share of the error at the output that error feedback left; None without feedback.
     group: names of the linears that it was fused with, itself included; a single linear is a group of one.
+    budgeted: whether it counts for a budget in bits per weight; embeddings and output heads have a rate of their own and do not. Tied ones
+        are one row, under the name of the embedding.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ReportRow:
     remaining: float | None
     group: tuple[str, ...]
     reason: str | None
+    budgeted: bool = True
 
     @property
     def weights(self) -> int:
@@ -71,17 +74,22 @@ class Report:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the quantized linears."""
-        return sum(row.weights for row in self.quantized)
+        """Weights of the quantized linears that the budget counts."""
+        return sum(row.weights for row in self.quantized if row.budgeted)
 
     @property
     def linear_bytes(self) -> int:
-        """Stored bytes of the quantized linears, with everything that belongs to them."""
-        return sum(row.weight_bytes for row in self.quantized)
+        """Stored bytes of these linears, with everything that belongs to them."""
+        return sum(row.weight_bytes for row in self.quantized if row.budgeted)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Stored bytes of the quantized embeddings and output heads."""
+        return sum(row.weight_bytes for row in self.quantized if not row.budgeted)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the quantized linears; 0 if there is none."""
+        """Stored bits per weight of these linears; 0 if there is none."""
         return 8 * self.linear_bytes / self.linear_weights if self.linear_weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +124,7 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "remaining": (*NUMBER, NONE),
     "group": (list,),
     "reason": (str, NONE),
+    "budgeted": (bool,),
 }
 REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "rows": (list,),
@@ -143,7 +152,7 @@ def checked(value: object, expected: Mapping[str, tuple[type, ...]], where: str)
     for name, entry in value.items():
         if name not in expected:
             raise CheckpointError(f"{where} has an unknown field {name!r}; known: {', '.join(expected)}")
-        if not isinstance(entry, expected[name]) or isinstance(entry, bool):
+        if not isinstance(entry, expected[name]) or (isinstance(entry, bool) and bool not in expected[name]):
             raise CheckpointError(f"{where}.{name} must be {' or '.join(kind.__name__ for kind in expected[name])}, got {entry!r}")
     return dict(value)
 
@@ -265,13 +274,20 @@ def summary(report: Report) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
+    linears = [row for row in report.quantized if row.budgeted]
     ratio = report.model_bytes_before / report.model_bytes if report.model_bytes else 0.0
     table.add_row("model", f"{size(report.model_bytes_before)} -> {size(report.model_bytes)}, {ratio:.2f}x smaller")
     table.add_row(
         "linears",
-        f"{len(report.quantized)} of {len(report.rows)} quantized: {report.linear_weights / 1e6:.1f} M weights, "
+        f"{len(linears)} of {len([row for row in report.rows if row.budgeted])} quantized: {report.linear_weights / 1e6:.1f} M weights, "
         f"{report.bits_per_weight:.3f} bits per weight, {size(report.linear_bytes)}",
     )
+    for row in report.quantized:
+        if not row.budgeted:
+            table.add_row(
+                "embedding",
+                Text(f"{row.name}: {row.weights / 1e6:.1f} M weights, {row.bits:.3f} bits per weight, {size(row.weight_bytes)}"),
+            )
     table.add_row("budget", Text(f"{report.budget}, effort {report.effort}, seed {report.seed}"))
     table.add_row("calibration", Text(report.calibration or "none: weights are rounded without error feedback"))
     if report.predicted_loss is not None:

@@ -180,6 +180,7 @@ def copied(program: Program) -> Program:
         excluded=dict(program.excluded),
         remarks=list(program.remarks),
         packed=dict(program.packed),
+        tables=dict(program.tables),
         decisions=dict(program.decisions),
         history=list(program.history),
     )

@@ -101,6 +101,19 @@ def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -
     assert names and not any(name.endswith("down_proj") for name in names)
 
 
+def test_embeddings_and_blocks_are_options(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    options = ("--bits", "4", "--effort", "fast", "--embeddings", "6", "--rotation-block", "32")
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", *options, "--json")
+    assert outcome.code == 0, outcome.err
+    (table,) = [row for row in json.loads(outcome.out)["rows"] if not row["budgeted"]]
+    assert table["name"] == "model.embed_tokens" and 6 < table["bits"] < 8
+    manifest = json.loads((tmp_path / "out" / "qpc.json").read_text())
+    assert {entry["block"] for entry in (*manifest["linears"].values(), *manifest["embeddings"].values())} == {32}
+    shown = run("inspect", tmp_path / "out")
+    assert "embedding" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+    refused(run("compile", tiny_directory, "-o", tmp_path / "no", "--bits", "4", "--embeddings", "5.9"), "59/10", "palette")
+
+
 def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path, text: Path) -> None:
     for options, expected in (
         (("--calibration", "none"), None),

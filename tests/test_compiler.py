@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import qpc
-from qpc.errors import BudgetError, ModelError
+from qpc.errors import BudgetError, ModelError, SettingsError
 from qpc.kernels.linear import QuantizedLinear
 from qpc.sampling import Start
 from qpc.sensitivity import Loss, Sensitivities
@@ -119,6 +119,13 @@ def test_excluded_linears_stay() -> None:
     assert names
     assert all(isinstance(compiled.get_submodule(name), nn.Linear) for name in names)
     assert any("down_proj" in remark for remark in qpc.report_of(compiled).remarks)
+
+
+def test_rotations_keep_to_the_blocks_of_a_shard() -> None:
+    compiled = qpc.compile(FAMILIES["llama"]().eval(), budget=4, effort="fast", rotation_block=16)
+    assert {module.block for module in compiled.modules() if isinstance(module, QuantizedLinear)} == {16}
+    with pytest.raises(SettingsError, match="rotation_block=0"):
+        qpc.compile(FAMILIES["llama"]().eval(), budget=4, rotation_block=0)
 
 
 def test_a_class_of_its_own_is_left_alone() -> None:

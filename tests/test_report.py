@@ -28,6 +28,7 @@ rows = st.builds(
     remaining=st.none() | finite,
     group=st.lists(names, max_size=3).map(tuple),
     reason=st.none() | words,
+    budgeted=st.booleans(),
 )
 reports = st.builds(
     Report,

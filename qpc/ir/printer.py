@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qpc.ir.annotation import Annotation, FusionGroup, annotation, fake_value
 from qpc.ir.program import Program
+from qpc.ir.table import Table
 from qpc.ir.values import representatives
 
 
@@ -43,6 +44,7 @@ def to_text(program: Program) -> str:
         f"{type(program.module).__name__} at stage {program.stage.name}",
         _section("nodes", _table(rows)),
         _section("linears", summary(program)) if any(program.linears()) else "",
+        _section("tables", _tables(program)),
         _section("stays as it is", "\n".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items()))),
         _section("remarks", "\n".join(str(remark) for remark in program.remarks)),
     ]
@@ -56,7 +58,7 @@ def summary(program: Program) -> str:
     """
     same = representatives(program.graph)
     values: dict[fx.Node, int] = {}
-    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "remaining", "bytes")]
+    rows = [("linear", "shape", "input", "group", "quantizer", "sensitivity", "distortion", "remaining", "bytes", "kurtosis")]
     for node in program.linears():
         found = annotation(node)
         assert found.site is not None
@@ -72,14 +74,23 @@ def summary(program: Program) -> str:
                 _number(found.distortion),
                 _number(found.remaining),
                 "" if found.weight_bytes is None else str(found.weight_bytes),
+                "" if found.kurtosis is None else _change(found.kurtosis),
             )
         )
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return _table(zip(*filled, strict=True))
 
 
+def _tables(program: Program) -> str:
+    rows = [("table", "shape", "read by", "quantizer", "distortion", "bytes", "kurtosis")]
+    for weight, table in program.tables.items():
+        known = (str(table.packed.quantizer), _number(table.distortion), str(table.packed.nbytes), _change(table.kurtosis))
+        rows.append((weight, str(table.shape), ", ".join(table.names), *known))
+    return _table(rows) if program.tables else ""
+
+
 def to_json(program: Program) -> str:
-    """The same for machines: one object with `model`, `stage`, `inputs`, `tensors`, `nodes`, `excluded` and `remarks`."""
+    """The same for machines: one object with `model`, `stage`, `inputs`, `tensors`, `tables`, `nodes`, `excluded` and `remarks`."""
     symbols, nodes = _Symbols(), []
     for node in program.graph.nodes:
         entry: dict[str, Any] = {"name": node.name, "op": node.op, "target": _target(node.target)}
@@ -97,6 +108,7 @@ def to_json(program: Program) -> str:
         "stage": program.stage.name,
         "inputs": list(program.inputs),
         "tensors": program.tensors,
+        "tables": [_table_facts(table) for table in program.tables.values()],
         "nodes": nodes,
         "excluded": program.excluded,
         "remarks": [{"pass": remark.pass_name, "subject": remark.subject, "reason": remark.reason} for remark in program.remarks],
@@ -154,6 +166,20 @@ def _facts(found: Annotation) -> dict[str, Any]:
     }
 
 
+def _table_facts(table: Table) -> dict[str, Any]:
+    return {
+        "weight": table.weight,
+        "rows": table.shape.out_features,
+        "features": table.shape.in_features,
+        "lookups": [{"name": lookup.name, "scale": lookup.scale} for lookup in table.lookups],
+        "heads": list(table.heads),
+        "quantizer": str(table.packed.quantizer),
+        "distortion": table.distortion,
+        "weight_bytes": table.packed.nbytes,
+        "kurtosis": list(table.kurtosis),
+    }
+
+
 def _group(group: FusionGroup | None) -> str:
     """The members without the prefix that they share: `q_proj + k_proj + v_proj`."""
     if group is None or len(group.members) < 2:
@@ -194,6 +220,10 @@ def _argument(value: Any) -> str:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _change(values: tuple[float, float]) -> str:
+    return " -> ".join(f"{value:.2f}" for value in values)
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from qpc.errors import ModelError
 from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.stage import Stage
+from qpc.ir.table import Table
 from qpc.quant.quantizer import PackedWeight
 
 
@@ -35,6 +36,7 @@ class Program:
     module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
+    tables: packed embeddings and output heads by name of their parameter (from GROUPED on, where they are asked for).
     decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
     history: names of the passes already run, in order; a graph may go through several pipelines.
     calibration: the inputs on which second moments were taken, in words; None: there were none.
@@ -49,6 +51,7 @@ class Program:
     excluded: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
     decisions: dict[str, Annotation] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
     calibration: str | None = None

@@ -35,6 +35,7 @@ def verify(program: Program) -> None:
         _allocated(program, sites)
     if stage >= Stage.QUANTIZED:
         _quantized(program, sites)
+    _tables(program)
     if stage >= Stage.LOWERED:
         for node, site in sites:
             _require(program, annotation(node).quantizer is None or node.target is not LINEAR, node, f"{site.name} is not lowered")
@@ -160,6 +161,19 @@ def _quantized(program: Program, sites: list[Site]) -> None:
         if found.group is not None:
             partner = rotations.setdefault(found.group, packed)
             _require(program, _rotate_alike(packed, partner), node, f"{site.name} is rotated otherwise than the rest of its group")
+
+
+def _tables(program: Program) -> None:
+    """Every packed table fits its parameter; once lowered, nothing reads the parameter any more."""
+    for name, table in program.tables.items():
+        breach = _misfit(LinearSite(name, name, table.shape), table.packed.quantizer, table.packed)
+        _require(program, breach is None, name, f"the table {breach}")
+        shape = (table.shape.out_features, table.shape.in_features)
+        _require(program, tuple(program.tensor(name).shape) == shape, name, f"the table has shape {table.shape}")
+    if program.stage >= Stage.LOWERED:
+        for node in program.graph.find_nodes(op="placeholder"):
+            packed = program.tensors.get(node.name) in program.tables
+            _require(program, not packed or not node.users, node, "is a packed table, but is still read")
 
 
 def _misfit(site: LinearSite, quantizer: Quantizer, packed: PackedWeight) -> str | None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qpc.kernels import ops as _registered  # noqa: F401 - importing it registers torch.ops.qpc
-from qpc.quant.layout import BLOCK_ROWS, row_blocks
+from qpc.kernels.packed_module import PackedModule
+from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import PackedWeight, Quantizer
-from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 
@@ -24,53 +24,20 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
     return torch.ops.qpc.scalar_linear.default, ([part.bits for part in scalar],)
 
 
-class QuantizedLinear(nn.Module):
-    """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
-
-    Its buffers are what a checkpoint stores: `codes0` (and `codes1` of a mixed rate) int32 [row_blocks, column_blocks, words], `scales`
-    bfloat16 [row_blocks * 64], `signs` uint8 [ceil(in_features / 8)]; `bias` is a parameter, as it was. `block` is the size of the
-    Hadamard blocks; 0 means that the weight was not rotated.
-    """
-
-    scales: Tensor
-    signs: Tensor
+class QuantizedLinear(PackedModule):
+    """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`. `bias` is a parameter, as it was."""
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
-        """An empty one, on the meta device; fill it with `load_state_dict(..., assign=True)`."""
-        super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-        self.quantizer, self.block = quantizer, block
-        rows = row_blocks(out_features)
-        self.parts = quantizer.parts(in_features)
-        for index, (part, columns) in enumerate(self.parts):
-            self.register_buffer(f"codes{index}", torch.empty(rows, columns, part.block_words, dtype=torch.int32, device="meta"))
-        self.register_buffer("scales", torch.empty(rows * BLOCK_ROWS, dtype=torch.bfloat16, device="meta"))
-        signs = Rotation.bytes_for(in_features) if block else 0
-        self.register_buffer("signs", torch.empty(signs, dtype=torch.uint8, device="meta"))
+        """An empty one, on the meta device."""
+        super().__init__(out_features, in_features, quantizer, block)
         self.bias = bias
         self._operator, self._code = operator(quantizer, in_features)
 
     @staticmethod
     def from_packed(packed: PackedWeight, bias: nn.Parameter | None = None) -> "QuantizedLinear":
         """A module that shares the tensors of `packed`."""
-        rotation = packed.rotation
-        module = QuantizedLinear(packed.out_features, packed.in_features, packed.quantizer, rotation.block if rotation else 0, bias)
-        for index, codes in enumerate(packed.codes):
-            setattr(module, f"codes{index}", codes)
-        module.scales = packed.scales
-        module.signs = rotation.signs if rotation else packed.scales.new_empty(0, dtype=torch.uint8)
-        return module
-
-    @property
-    def codes(self) -> tuple[Tensor, ...]:
-        """The code tensors, one per part."""
-        return tuple(getattr(self, f"codes{index}") for index in range(len(self.parts)))
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight as a value; shares the tensors of the module."""
-        rotation = Rotation(self.in_features, self.block, self.signs) if self.block else None
-        return PackedWeight(self.out_features, self.in_features, self.quantizer, self.codes, self.scales, rotation)
+        block = packed.rotation.block if packed.rotation else 0
+        return QuantizedLinear(packed.out_features, packed.in_features, packed.quantizer, block, bias).take(packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -78,14 +45,6 @@ class QuantizedLinear(nn.Module):
             x = torch.ops.qpc.rotate(x, self.signs, self.block)
         result: Tensor = self._operator(x, list(self.codes), self.scales, self.bias, *self._code, self.out_features)
         return result
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move, but never convert: `model.half()` concerns activations and what is not packed."""
-        scales = self.scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantizer}, bias={self.bias is not None}"

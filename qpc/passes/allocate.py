@@ -146,14 +146,15 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def other_bytes(program: Program, weights: Iterable[str]) -> int:
-    """Bytes of all tensors of the model but these, tied ones once: what quantizing `weights` does not change."""
+    """Bytes of all tensors of the model but these, tied ones once, tables as they are packed: what quantizing `weights` does not change."""
 
     def identity(tensor: Tensor) -> tuple[int, int, torch.Size]:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape
 
-    replaced = {identity(program.tensor(name)) for name in weights}
+    replaced = {identity(program.tensor(name)) for name in (*weights, *program.tables)}
     others = {identity(value): stored_bytes(value) for value in program.module.state_dict(keep_vars=True).values()}
-    return sum(size for key, size in others.items() if key not in replaced)
+    tables = sum(table.packed.nbytes for table in program.tables.values())
+    return tables + sum(size for key, size in others.items() if key not in replaced)
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rot
         if rotation is not None:
             key = (x, rotation.signs.data_ptr())
             if key not in rotations:
-                signs = _constant(program, f"{label}_signs", rotation.signs)
+                signs = constant(program, f"{label}_signs", rotation.signs)
                 rotations[key] = graph.call_function(torch.ops.qpc.rotate.default, (x, signs, rotation.block))
                 rotations[key].meta = {k: v for k, v in x.meta.items() if k != KEY}
             x = rotations[key]
-        code_nodes = [_constant(program, f"{label}_codes{index}", part) for index, part in enumerate(codes)]
-        scale_node = _constant(program, f"{label}_scales", scales)
+        code_nodes = [constant(program, f"{label}_codes{index}", part) for index, part in enumerate(codes)]
+        scale_node = constant(program, f"{label}_scales", scales)
         if len(nodes) == 1:
             bias = first.args[2] if len(first.args) > 2 else None
         else:
@@ -101,10 +101,10 @@ def _stacked_bias(program: Program, label: str, sites: list[LinearSite]) -> fx.N
     if like is None:
         return None
     pieces = [like.new_zeros(site.shape.out_features) if bias is None else bias for bias, site in zip(live, sites, strict=True)]
-    return _constant(program, f"{label}_bias", torch.cat(pieces))
+    return constant(program, f"{label}_bias", torch.cat(pieces))
 
 
-def _constant(program: Program, name: str, value: Tensor) -> fx.Node:
+def constant(program: Program, name: str, value: Tensor) -> fx.Node:
     """A buffer of the graph module, read at the insertion point."""
     name = f"qpc_{name}"
     while hasattr(program.graph_module, name):  # the same linear, applied once more

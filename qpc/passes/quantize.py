@@ -1,17 +1,15 @@
 """Quantize: rotate each weight that has a quantizer, and pack it, with error feedback if there are samples of the inputs."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx as nx  # type: ignore[import-untyped]
-import torch
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
 from qpc.ir.annotation import LinearSite, annotate, annotation
-from qpc.ir.program import Program
+from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.ir.values import representatives
 from qpc.kernels.encoder import encoder_for
@@ -19,9 +17,13 @@ from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
 from qpc.quant.feedback import Feedback, share_left
+from qpc.quant.hadamard import block_within
 from qpc.quant.quantizer import Quantizer
-from qpc.quant.rotation import Rotation
+from qpc.quant.rotation import Rotation, seeded_generator
 from qpc.quant.stacking import quantize_stacked
+
+GAUSSIAN_KURTOSIS = 1.0
+"""Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Quantize(Pass):
     """Sites that read the same value, or apply the same weight, share one random sign vector, so any chosen grouping stays valid.
 
     seed: of the signs. The signs of a site depend on the seed and on the name of the first site that shares them, on nothing else.
+    rotation_block: most inputs that a rotation may mix, as `block_within` has it; None rotates as many as there is a matrix for.
     samples: inputs on which the second moments for error feedback are taken; None: each weight is rounded on its own.
     sequential: take each moment behind the layers that are already quantized, instead of all from the original model.
     """
@@ -37,6 +40,7 @@ class Quantize(Pass):
     requires: ClassVar[Stage] = Stage.ALLOCATED
     ensures: ClassVar[Stage] = Stage.QUANTIZED
     seed: int = 0
+    rotation_block: int | None = None
     progress: Progress = silent
     samples: Samples | None = None
     sequential: bool = True
@@ -51,7 +55,15 @@ class Quantize(Pass):
         for _ in track(self._in_turn(program, nodes, stream), "quantize", count, self.progress):
             pass
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
-        return PassResult(changed=tuple(program.packed))
+        return PassResult(tuple(program.packed), tuple(self._far_from_gaussian(program, nodes)))
+
+    def _far_from_gaussian(self, program: Program, nodes: list[fx.Node]) -> Iterator[Remark]:
+        """What the rotation did not help enough, each weight once."""
+        for node in {site_of(node).weight: node for node in reversed(nodes)}.values():
+            name, kurtosis, rotation = site_of(node).name, annotation(node).kurtosis, program.packed[site_of(node).name].rotation
+            if kurtosis is not None and rotation is not None and kurtosis[1] > GAUSSIAN_KURTOSIS:
+                reason = f"still far from Gaussian after the rotation in blocks of {rotation.block}: excess kurtosis {kurtosis[1]:.1f}"
+                yield self.declined(name, reason)
 
     def _in_turn(self, program: Program, nodes: list[fx.Node], stream: MomentStream | None) -> Iterator[None]:
         """Pack the weights that read one input, then those of the next; yields once for each."""
@@ -61,7 +73,8 @@ class Quantize(Pass):
             site = site_of(weights[0][0])
             owner = signs[site.name]
             if owner not in rotations:
-                drawn = Rotation.random(site.shape.in_features, self._generator(owner))
+                block = block_within(site.shape.in_features, self.rotation_block)
+                drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
                 rotations[owner] = drawn.to(program.tensor(site.weight).device)
             rotation = rotations[owner]
             feedback, moment = None, None
@@ -74,10 +87,6 @@ class Quantize(Pass):
                     for sharing, weight in zip(alike, made, strict=True):
                         stream.replace(dict.fromkeys(sharing, rotation.invert(weight)))
                 yield from (None for _ in alike)
-
-    def _generator(self, owner: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}:{owner}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def site_of(node: fx.Node) -> LinearSite:

@@ -1,7 +1,7 @@
 """Hadamard matrices of every order that a model is likely to need, and their fast transform.
 
 A block of size n = base * power is transformed by `H_base (kron) H_power`: Sylvester's matrix for the power of two, Paley's first or second
-construction (R. E. A. C. Paley, "On orthogonal matrices", 1933) or a product of such matrices for the rest.
+construction (R. E. A. C. Paley, "On orthogonal matrices", 1933), that of `goethals_seidel`, or a product of such matrices for the rest.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from qpc.errors import QuantizerError
+from qpc.quant.goethals_seidel import turyn_length, turyn_matrix
 
 MAX_BASE = 1024
 """Largest order that is applied as one dense factor besides the power of two."""
@@ -27,6 +28,17 @@ def block_size(features: int) -> int:
     """Largest block that divides `features` and has a known Hadamard matrix; 1 for odd sizes."""
     base, power = _split(features)
     return base * power
+
+
+def block_within(features: int, limit: int | None) -> int:
+    """The block for `features` inputs of which no more than `limit` may be mixed; None is no limit.
+
+    A smaller block than the inputs divides the limit too, so that a shard whose width is a multiple of the limit (tensor parallelism) holds
+    whole blocks. Raises `QuantizerError` for a limit that is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise QuantizerError(f"a limit of the block must be positive, got {limit}")
+    return block_size(features if limit is None or features <= limit else math.gcd(features, limit))
 
 
 def factors(block: int) -> tuple[int, int]:
@@ -109,7 +121,8 @@ def _known(order: int) -> bool:
         return True
     if order % 4:
         return False
-    return _prime_power(order - 1) is not None or _paley_second(order) is not None or _product(order) is not None
+    constructions = (_prime_power(order - 1), _paley_second(order), turyn_length(order), _product(order))
+    return any(found is not None for found in constructions)
 
 
 @cache
@@ -129,6 +142,8 @@ def _matrix(order: int) -> NDArray[np.int8]:
     if (q := _paley_second(order)) is not None:
         symmetric = _bordered(q, below=1)
         return np.kron(symmetric, sylvester) + np.kron(np.eye(q + 1, dtype=np.int8), np.array([[1, -1], [-1, -1]], dtype=np.int8))
+    if (n := turyn_length(order)) is not None:
+        return turyn_matrix(n)
     left = _product(order)
     assert left is not None
     return np.kron(_matrix(left), _matrix(order // left))

@@ -4,12 +4,14 @@
 the activation it leaves the product unchanged, since the transform is orthogonal.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qpc.quant.hadamard import block_size, hadamard_transform
+from qpc.errors import QuantizerError
+from qpc.quant.hadamard import block_size, factors, hadamard_transform
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,18 @@ class Rotation:
     signs: Tensor
 
     @staticmethod
-    def random(features: int, generator: torch.Generator) -> "Rotation":
-        """Fresh random signs with the largest known Hadamard block that divides `features`."""
+    def random(features: int, generator: torch.Generator, block: int | None = None) -> "Rotation":
+        """Fresh random signs.
+
+        block: by default the largest known Hadamard block that divides `features`. Raises `QuantizerError` for one that does not divide
+        them, or whose order is not known.
+        """
+        block = block_size(features) if block is None else block
+        if block < 1 or features % block:
+            raise QuantizerError(f"{features=} must be divisible by {block=}; block_size gives the largest block")
+        factors(block)
         signs = torch.randint(0, 256, (Rotation.bytes_for(features),), generator=generator, dtype=torch.uint8)
-        return Rotation(features, block_size(features), signs)
+        return Rotation(features, block, signs)
 
     @staticmethod
     def bytes_for(features: int) -> int:
@@ -55,6 +65,12 @@ class Rotation:
     def to(self, device: torch.device | str) -> "Rotation":
         """The same rotation on another device."""
         return Rotation(self.features, self.block, self.signs.to(device))
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose state depends on the seed and a name, on nothing else."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def unpack_signs(signs: Tensor, features: int, dtype: torch.dtype) -> Tensor:

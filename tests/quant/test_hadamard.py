@@ -8,19 +8,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qpc.errors import QuantizerError
-from qpc.quant.hadamard import block_size, factors, hadamard_matrix, hadamard_transform
+from qpc.quant.goethals_seidel import TURYN_TYPE
+from qpc.quant.hadamard import block_size, block_within, factors, hadamard_matrix, hadamard_transform
 from qpc.quant.rotation import Rotation
-
-WHOLE = [576, 640, 768, 896, 1152, 1536, 1600, 2048, 2304, 2560, 2880, 3072, 3200, 3584, 4096, 4864, 5120, 5376, 5632, 6912, 8192, 8640]
-WHOLE += [8960, 9216, 10240, 10944, 11008, 13824, 14336, 17920, 18432, 18944, 21504, 22016, 24576, 25600, 27648, 28672, 29568, 36864, 53248]
+from tests.quant.published import INPUT_WIDTHS
 
 
-@pytest.mark.parametrize("features", WHOLE)
-def test_published_input_sizes_have_one_block(features: int) -> None:
-    assert block_size(features) == features
+@pytest.mark.parametrize("name", INPUT_WIDTHS)
+def test_published_models_have_one_block(name: str) -> None:
+    assert {features: block_size(features) for features in INPUT_WIDTHS[name]} == {features: features for features in INPUT_WIDTHS[name]}
 
 
-@pytest.mark.parametrize(("features", "block"), [(1, 1), (7, 1), (17, 1), (22, 2), (13696, 128), (4304, 16)])
+@pytest.mark.parametrize(("features", "block"), [(1, 1), (7, 1), (17, 1), (22, 2), (3420, 684), (4304, 16)])
 def test_sizes_without_a_matrix_fall_back(features: int, block: int) -> None:
     assert block_size(features) == block
 
@@ -34,12 +33,42 @@ def test_block_divides_and_factors(features: int) -> None:
     assert block >= features & -features
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 40, 44, 52, 60, 76, 84, 100, 108, 140, 148, 180, 244, 336, 344, 540, 684, 924])
+@pytest.mark.parametrize(
+    "order", [1, 2, 4, 12, 20, 28, 36, 40, 44, 52, 60, 76, 84, 100, 108, 140, 148, 180, 244, 336, 344, 428, 540, 684, 924]
+)
 def test_matrix_is_orthogonal(order: int) -> None:
     h = hadamard_matrix(order)
     assert h.dtype == torch.int8 and bool((h.abs() == 1).all())
     wide = h.double()
     assert torch.equal(wide @ wide.T, order * torch.eye(order, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", TURYN_TYPE)
+def test_turyn_type_sequences(n: int) -> None:
+    """Their weighted aperiodic autocorrelations cancel at every shift."""
+    sequences = [torch.tensor([1 if sign == "+" else -1 for sign in text]) for text in TURYN_TYPE[n]]
+    assert [len(s) for s in sequences] == [n, n, n, n - 1]
+    for shift in range(1, n):
+        assert sum(weight * int((s[shift:] * s[:-shift]).sum()) for weight, s in zip((1, 1, 2, 2), sequences, strict=True)) == 0
+
+
+@given(st.integers(1, 40000), st.integers(1, 40000))
+@settings(deadline=None, max_examples=50)
+def test_limited_blocks_divide_features_and_limit(features: int, limit: int) -> None:
+    block = block_within(features, limit)
+    assert block <= limit and features % block == 0 and (block == block_size(features) or limit % block == 0)
+    assert factors(block)
+    assert block_within(features, None) == block_within(features, features) == block_size(features)
+
+
+@pytest.mark.parametrize(("features", "limit", "block"), [(11008, 2752, 2752), (11008, 256, 256), (4096, 1024, 1024), (14336, 3584, 3584)])
+def test_shards_hold_whole_blocks(features: int, limit: int, block: int) -> None:
+    assert block_within(features, limit) == block
+
+
+def test_a_limit_must_be_positive() -> None:
+    with pytest.raises(QuantizerError, match="positive"):
+        block_within(64, 0)
 
 
 @pytest.mark.parametrize("order", [3, 6, 22, 92])
@@ -109,3 +138,16 @@ def test_rotation_inverts_and_keeps_products(features: int, seed: int) -> None:
     torch.testing.assert_close(rotation.invert(rotation.apply(x)), x)
     torch.testing.assert_close(rotation.apply(x) @ rotation.apply(w).T, x @ w.T)
     assert rotation.nbytes == Rotation.bytes_for(features)
+
+
+@pytest.mark.parametrize(("block", "message"), [(5, "divisible"), (0, "divisible"), (92, "order 92")])
+def test_rotation_refuses_blocks(block: int, message: str) -> None:
+    with pytest.raises(QuantizerError, match=message):
+        Rotation.random(184, torch.Generator(), block)
+
+
+def test_rotation_in_blocks_mixes_no_further() -> None:
+    rotation = Rotation.random(64, torch.Generator().manual_seed(0), 16)
+    x = torch.zeros(64)
+    x[20] = 1
+    assert rotation.apply(x).nonzero().flatten().tolist() == list(range(16, 32))
