@@ -4,38 +4,47 @@
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.quant.codebook import INCREMENTS, MULTIPLIERS
+from qpc.quant.codebook import FOLD, HALF_MASK, SECOND_INCREMENT, SECOND_MULTIPLIER, shifted_multiplier
 
-_MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
-_INCREMENT_0, _INCREMENT_1 = tl.constexpr(INCREMENTS[0]), tl.constexpr(INCREMENTS[1])
+_FOLD, _HALF_MASK = tl.constexpr(FOLD), tl.constexpr(HALF_MASK)
+_SECOND_MULTIPLIER, _SECOND_INCREMENT = tl.constexpr(SECOND_MULTIPLIER), tl.constexpr(SECOND_INCREMENT)
+
+_shifted_multiplier = triton.constexpr_function(shifted_multiplier)
 
 
 @triton.jit
-def window_in_arc(words, BIT: tl.constexpr, WINDOW_BITS: tl.constexpr):
-    """The window that starts at a fixed bit of a tuple of uint32 words."""
+def bits_in_arc(words, BIT: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH bits from a fixed bit of a tuple of uint32 words on; the bits above them are of no account."""
     low: tl.constexpr = BIT // 32
     offset: tl.constexpr = BIT % 32
-    if offset + WINDOW_BITS <= 32:
-        shifted = words[low] >> offset
-    else:
-        shifted = (((words[low + 1].to(tl.uint64) << 32) | words[low].to(tl.uint64)) >> offset).to(tl.uint32)
-    return shifted & ((1 << WINDOW_BITS) - 1)
+    if offset + WIDTH <= 32:
+        return words[low] >> offset
+    return (((words[low + 1].to(tl.uint64) << 32) | words[low].to(tl.uint64)) >> offset).to(tl.uint32)
 
 
 @triton.jit
-def window_from(low, high, offset, WINDOW_BITS: tl.constexpr):
-    """The window that starts at bit `offset` (a tensor, 0 to 31) of the uint32 `low` and may reach into `high`."""
+def bits_from(low, high, offset):
+    """The 32 bits that start at bit `offset` (a tensor, 0 to 31) of the uint32 `low` and reach into `high`."""
     pair = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-    return (pair >> offset.to(tl.uint64)).to(tl.uint32) & ((1 << WINDOW_BITS) - 1)
+    return (pair >> offset.to(tl.uint64)).to(tl.uint32)
 
 
 @triton.jit
-def decode_window(window):
-    """The two integer weights of a uint32 window. Sums of bytes are formed two at a time, in 16-bit halves."""
-    first = (window * _MULTIPLIER_0 + _INCREMENT_0).to(tl.uint32)
-    second = (window * _MULTIPLIER_1 + _INCREMENT_1).to(tl.uint32)
-    bytes_3_and_1 = ((first >> 8) & 0x00FF00FF) + ((second >> 8) & 0x00FF00FF)
-    bytes_2_and_0 = (first & 0x00FF00FF) + (second & 0x00FF00FF)
-    even = (bytes_3_and_1 >> 16).to(tl.int32) - (bytes_2_and_0 & 0xFFFF).to(tl.int32)
-    odd = (bytes_2_and_0 >> 16).to(tl.int32) - (bytes_3_and_1 & 0xFFFF).to(tl.int32)
-    return even, odd
+def decode_window(word, WINDOW_BITS: tl.constexpr):
+    """The two float16 code values of the window in the low bits of a uint32; the bits above it are of no account."""
+    multiplier: tl.constexpr = _shifted_multiplier(WINDOW_BITS)
+    spread = (word * multiplier).to(tl.uint32)
+    first = ((spread.to(tl.int32, bitcast=True).to(tl.int64) * _FOLD) >> 32).to(tl.uint32)
+    second = (first * _SECOND_MULTIPLIER + _SECOND_INCREMENT).to(tl.uint32)
+    first, second = first & _HALF_MASK, second & _HALF_MASK
+    return _lower(first) + _lower(second), _upper(first) + _upper(second)
+
+
+@triton.jit
+def _lower(word):
+    return word.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _upper(word):
+    return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)

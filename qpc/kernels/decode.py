@@ -8,7 +8,7 @@ an index, WINDOW_BITS 0, DIMENSION weights for each index; the table holds float
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.kernels.computed_code import decode_window, window_from, window_in_arc
+from qpc.kernels.computed_code import bits_from, bits_in_arc, decode_window
 
 
 @triton.constexpr_function
@@ -47,13 +47,13 @@ def load_arc(codes, block, arc, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, D
 def decode_in_arc(words, table, PAIR: tl.constexpr, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
     """The two weights of a fixed pair of an arc, float32, in the unit of the code."""
     if WINDOW_BITS > 0:
-        even, odd = decode_window(window_in_arc(words, PAIR * BITS, WINDOW_BITS))
+        even, odd = decode_window(bits_in_arc(words, PAIR * BITS, WINDOW_BITS), WINDOW_BITS)
     elif DIMENSION == 1:
-        even = tl.load(table + window_in_arc(words, 2 * PAIR * BITS, BITS))
-        odd = tl.load(table + window_in_arc(words, (2 * PAIR + 1) * BITS, BITS))
+        even = tl.load(table + (bits_in_arc(words, 2 * PAIR * BITS, BITS) & ((1 << BITS) - 1)))
+        odd = tl.load(table + (bits_in_arc(words, (2 * PAIR + 1) * BITS, BITS) & ((1 << BITS) - 1)))
     else:
         entry_words: tl.constexpr = DIMENSION // 2
-        index = window_in_arc(words, PAIR // entry_words * BITS, BITS)
+        index = bits_in_arc(words, PAIR // entry_words * BITS, BITS) & ((1 << BITS) - 1)
         even, odd = _halves(tl.load(table + index * entry_words + PAIR % entry_words))
     return even.to(tl.float32), odd.to(tl.float32)
 
@@ -62,7 +62,7 @@ def decode_in_arc(words, table, PAIR: tl.constexpr, BITS: tl.constexpr, WINDOW_B
 def decode_anywhere(codes, table, block, pair, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
     """The same for any pairs of any blocks: tensors of the shape of `block` and `pair`."""
     if WINDOW_BITS > 0:
-        even, odd = decode_window(_field(codes, block, pair, BITS, WINDOW_BITS, DIMENSION))
+        even, odd = decode_window(_field(codes, block, pair, BITS, WINDOW_BITS, DIMENSION), WINDOW_BITS)
     elif DIMENSION == 1:
         even = tl.load(table + _field(codes, block, 2 * pair, BITS, BITS, DIMENSION))
         odd = tl.load(table + _field(codes, block, 2 * pair + 1, BITS, BITS, DIMENSION))
@@ -81,7 +81,7 @@ def _field(codes, block, index, BITS: tl.constexpr, WIDTH: tl.constexpr, DIMENSI
     word = bit // 32
     low = tl.load(codes + block * block_words + word).to(tl.uint32, bitcast=True)
     high = tl.load(codes + block * block_words + (word + 1) % block_words).to(tl.uint32, bitcast=True)
-    return window_from(low, high, bit % 32, WIDTH)
+    return bits_from(low, high, bit % 32) & ((1 << WIDTH) - 1)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def _walk_kernel(
         for slot in tl.static_range(SLOTS):
             window = (own.to(tl.uint32) << STEP_BITS) | tl.load(listed + slot * suffixes).to(tl.uint32)
             before = tl.gather(costs, (window & (suffixes - 1)).to(tl.int32), 0)
-            even, odd = decode_window(window)
+            even, odd = decode_window(window, WINDOW_BITS)
             across, along = even.to(tl.float32) - x_0, odd.to(tl.float32) - x_1
             cost = tl.fma(along, along, tl.fma(across, across, before))
             marked = (cost.to(tl.int32, bitcast=True) & -SLOTS) | slot
@@ -109,9 +109,8 @@ def ring_chunk(steps: int, step_bits: int, window_bits: int, device: torch.devic
 
 
 def walk_warps(step_bits: int, window_bits: int) -> int:
-    """Warps of one program: 8 or 16 suffixes for each lane."""
-    suffixes = 1 << (window_bits - step_bits)
-    return max(1, min(32, suffixes // (256 if suffixes <= 2048 else 512)))
+    """Warps of one program: 4 suffixes for each lane, if so many fit."""
+    return max(1, min(32, (1 << (window_bits - step_bits)) // 128))
 
 
 def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, step_bits: int, window_bits: int) -> None:

@@ -27,12 +27,12 @@ def search(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
 
 def squared_error(values: Tensor, words: Tensor, step_bits: int, window_bits: int) -> Tensor:
     """Squared error of each ring, float64 [rings]."""
-    made = decode_windows(ring_windows(words, step_bits, window_bits))
+    made = decode_windows(ring_windows(words, step_bits, window_bits), window_bits)
     return (made.double() - values.double()).square().sum(dim=(1, 2))
 
 
 def _costs(x: Tensor, before: Tensor, window_bits: int) -> Tensor:
-    points = codebook(window_bits).float()
+    points = codebook(window_bits)
     source = torch.arange(1 << window_bits) % before.shape[1]
     return before[:, source] + points.square().sum(dim=1) - 2 * (x @ points.T)
 

@@ -65,7 +65,7 @@ def test_second_pass_is_optimal_between_its_ends() -> None:
 def test_a_codeword_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(-(1 << 31), 1 << 31, (40, 16), generator=generator).to(torch.int32)
-    values = codebook(12)[ring_windows(words, 4, 12)].float()
+    values = codebook(12)[ring_windows(words, 4, 12)]
     assert torch.equal(encode_rings(values, 4, 12), words)
 
 
