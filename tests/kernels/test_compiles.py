@@ -76,10 +76,11 @@ SPLITS = {"partial": "*fp32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"
 KERNELS: list[Case] = [
     vector(trellis(6), NO_CODE, 1, 8),
     vector(trellis(11, 24), trellis(12, 24), 1, 16),
-    vector(trellis(7, 19), NO_CODE, 4, 16),
     vector(trellis(11, 24), trellis(12, 24), 4, 16),
     *(vector(table(3, 1), table(8, 1), batch, 16) for batch in (1, 4)),
-    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1))),
+    vector(table(7, 2), NO_CODE, 2, 16),
+    vector(table(11, 4), table(12, 4), 4, 16),
+    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
     *(walk(*each) for each in ((3, 20), (4, 16), (6, 16), (12, 16))),
