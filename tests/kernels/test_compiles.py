@@ -75,9 +75,8 @@ SPLITS = {"partial": "*fp32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"
 
 KERNELS: list[Case] = [
     vector(trellis(6), NO_CODE, 1, 8),
-    vector(trellis(11, 24), trellis(12, 24), 1, 16),
     vector(trellis(11, 24), trellis(12, 24), 4, 16),
-    *(vector(table(3, 1), table(8, 1), batch, 16) for batch in (1, 4)),
+    vector(table(3, 1), table(8, 1), 4, 16),
     vector(table(7, 2), NO_CODE, 2, 16),
     vector(table(11, 4), table(12, 4), 4, 16),
     *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
