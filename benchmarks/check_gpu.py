@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpc.kernels import ops
 from tests.kernels.cases import FULL, SMALL, cases
-from tests.kernels.packed import Packed, packed
+from tests.kernels.packed import Packed, packed, quantizers
 
 SHAPES = ((4096, 4096), (28672, 4096))
 CACHE_BYTES = 256 << 20
@@ -78,8 +78,8 @@ def rows(batches: tuple[int, ...]) -> Iterator[dict[str, object]]:
             what = {"shape": f"{out_features}x{in_features}", "batch": batch}
             baseline = microseconds([partial(functional.linear, x, w) for w in dense] * 4)
             yield {**what, "method": "bf16 linear", **baseline}
-            for family, bits in (("trellis", 4), ("trellis", 6), ("trellis", 8), ("scalar", 3)):
-                rate = bits / 2 if family == "trellis" else bits
+            for family, bits in (("trellis", 4), ("trellis", 6), ("trellis", 8), ("scalar", 3), ("pairs", 6), ("quadruples", 12)):
+                rate = float(quantizers(family, [bits])[0].rate)
                 copies = max(2, int(-(-CACHE_BYTES // (dense_bytes * rate / 16))))
                 weights = [packed(family, out_features, in_features, [bits], device="cuda") for _ in range(copies)]
                 measured = microseconds([partial(multiply, w, x) for w in weights])
@@ -97,8 +97,8 @@ def rotation_rows() -> Iterator[dict[str, object]]:
 
 def multiply(weight: Packed, x: Tensor) -> Tensor:
     """Run the operator of the weight's family."""
-    operator = ops.trellis_linear if weight.family == "trellis" else ops.scalar_linear
-    return operator(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)
+    result: Tensor = getattr(ops, f"{weight.family}_linear")(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)
+    return result
 
 
 def main() -> int:

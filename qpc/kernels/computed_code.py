@@ -33,7 +33,12 @@ def bits_from(low, high, offset):
 def decode_window(word, WINDOW_BITS: tl.constexpr):
     """The two float16 code values of the window in the low bits of a uint32; the bits above it are of no account."""
     multiplier: tl.constexpr = _shifted_multiplier(WINDOW_BITS)
-    spread = (word * multiplier).to(tl.uint32)
+    return decode_product((word * multiplier).to(tl.uint32))
+
+
+@triton.jit
+def decode_product(spread):
+    """The same from the product of the window and its multiplier, `shifted_multiplier` of `qpc.quant.codebook`."""
     first = ((spread.to(tl.int32, bitcast=True).to(tl.int64) * _FOLD) >> 32).to(tl.uint32)
     second = (first * _SECOND_MULTIPLIER + _SECOND_INCREMENT).to(tl.uint32)
     first, second = first & _HALF_MASK, second & _HALF_MASK

@@ -12,34 +12,36 @@ from qpc.kernels.computed_code import bits_from, bits_in_arc, decode_window
 
 
 @triton.constexpr_function
-def arc_pairs(DIMENSION):
-    """Pairs of one *arc*: the shortest run of whole lanes of the layout that starts and ends at a word, whatever the rate."""
-    return 64 if DIMENSION == 4 else 32
-
-
-@triton.constexpr_function
 def place_in_arc(row, pair):
     """Which pair of an arc lies in its row `row` (0 to 7) and, of the layout's lane `pair // 2` in the arc, on the left (0) or right."""
     return pair // 2 * 16 + row // 2 * 4 + pair % 2 * 2 + row % 2
 
 
 @triton.constexpr_function
-def words_of(pairs, BITS, DIMENSION):
-    """Words of a run of pairs."""
-    return 2 * pairs // DIMENSION * BITS // 32
+def block_words(BITS, DIMENSION):
+    """Words of a block."""
+    return 1024 // DIMENSION * BITS // 32
 
 
 @triton.jit
 def load_arc(codes, block, arc, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
-    """The uint32 words of one arc for each lane, and of a trellis the word after it, into which its last windows reach."""
-    arc_words: tl.constexpr = words_of(arc_pairs(DIMENSION), BITS, DIMENSION)
-    block_words: tl.constexpr = words_of(512, BITS, DIMENSION)
+    """The uint32 words of one arc for each lane, the first bit of the arc foremost.
+
+    They reach a word into the next arc where a window does, and where arcs of an odd number of half words may start in the middle of one.
+    """
+    size: tl.constexpr = block_words(BITS, DIMENSION)
+    halves: tl.constexpr = size // 8
+    first = arc * halves // 2
     words = ()
-    for i in tl.static_range(arc_words):
-        words += (tl.load(codes + block * block_words + arc * arc_words + i).to(tl.uint32, bitcast=True),)
-    if WINDOW_BITS > 0:
-        after = (arc + 1) * arc_words % block_words
-        words += (tl.load(codes + block * block_words + after).to(tl.uint32, bitcast=True),)
+    for i in tl.static_range(halves // 2 + (WINDOW_BITS > 0) + 2 * (halves % 2)):
+        words += (tl.load(codes + block * size + (first + i) % size).to(tl.uint32, bitcast=True),)
+    if halves % 2:
+        shift = (arc % 2 * 16).to(tl.uint64)
+        aligned = ()
+        for i in tl.static_range(halves // 2 + 1):
+            pair = (words[i + 1].to(tl.uint64) << 32) | words[i].to(tl.uint64)
+            aligned += ((pair >> shift).to(tl.uint32),)
+        words = aligned
     return words
 
 
@@ -76,11 +78,11 @@ def decode_anywhere(codes, table, block, pair, BITS: tl.constexpr, WINDOW_BITS: 
 @triton.jit
 def _field(codes, block, index, BITS: tl.constexpr, WIDTH: tl.constexpr, DIMENSION: tl.constexpr):
     """The WIDTH bits that start at bit `index * BITS` of the ring of each block."""
-    block_words: tl.constexpr = words_of(512, BITS, DIMENSION)
+    size: tl.constexpr = block_words(BITS, DIMENSION)
     bit = index * BITS
     word = bit // 32
-    low = tl.load(codes + block * block_words + word).to(tl.uint32, bitcast=True)
-    high = tl.load(codes + block * block_words + (word + 1) % block_words).to(tl.uint32, bitcast=True)
+    low = tl.load(codes + block * size + word).to(tl.uint32, bitcast=True)
+    high = tl.load(codes + block * size + (word + 1) % size).to(tl.uint32, bitcast=True)
     return bits_from(low, high, bit % 32) & ((1 << WIDTH) - 1)
 
 

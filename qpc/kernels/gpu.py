@@ -1,6 +1,6 @@
 """The GPU path: decoding and multiplying in one kernel, for every family of quantizers.
 
-A lane owns an *arc* of a block: 8 rows, by 4 pairs of columns (8 for vectors of 4 weights). An arc starts at a word, so that every shift is
+A lane owns an *arc* of a block: what two neighbouring lanes of the layout hold, 8 rows by 4 pairs of columns. All shifts within an arc are
 constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
 Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
 """
@@ -16,13 +16,18 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
-from qpc.kernels.decode import arc_pairs, decode_anywhere, decode_in_arc, load_arc, place_in_arc
+from qpc.errors import KernelError
+from qpc.kernels.decode import decode_anywhere, decode_in_arc, load_arc, place_in_arc
 from qpc.kernels.epilogue import finish, sum_splits
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
 from qpc.quant.layout import BLOCK_COLUMNS
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.scalar import ScalarQuantizer, levels
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer, codebook
+
+COLUMNS_PER_WARP = 2
+"""Block columns that the lanes of a warp hold together in a multiplication."""
 
 DECODED_COLUMNS = 4
 """Block columns that one program of the decoding kernel writes."""
@@ -44,17 +49,26 @@ NO_CODE = Code(bits=0, window_bits=0, dimension=0, unit=1.0)
 
 def code_of(quantizer: UniformQuantizer) -> Code:
     """The constants of a quantizer's code."""
-    if isinstance(quantizer, TrellisQuantizer):
-        return Code(quantizer.step_bits, quantizer.window_bits, 2, quantizer.unit)
-    assert isinstance(quantizer, ScalarQuantizer), quantizer
-    return Code(quantizer.bits, 0, 1, 1.0)
+    match quantizer:
+        case TrellisQuantizer(step_bits, window_bits):
+            return Code(step_bits, window_bits, 2, quantizer.unit)
+        case VectorQuantizer(dimension, bits):
+            return Code(bits, 0, dimension, 1.0)
+        case ScalarQuantizer(bits):
+            return Code(bits, 0, 1, 1.0)
+    raise KernelError(f"no GPU kernel decodes {quantizer}")
 
 
 @cache
 def table_of(quantizer: UniformQuantizer, device: torch.device) -> Tensor | None:
-    """The table of a quantizer's code, None for a trellis: float16 [2^bits]."""
+    """The table of a quantizer's code, None for a trellis: float16 [2^bits], of vectors int32 [2^bits, dimension / 2]."""
     with torch.inference_mode(False):
-        return levels(quantizer.bits).half().to(device) if isinstance(quantizer, ScalarQuantizer) else None
+        match quantizer:
+            case VectorQuantizer(dimension, bits):
+                return codebook(dimension, bits).half().view(torch.int32).to(device)
+            case ScalarQuantizer(bits):
+                return levels(bits).half().to(device)
+    return None
 
 
 @triton.jit
@@ -66,19 +80,17 @@ def _add_arcs(
 
     Sum r of a lane belongs to row 8 r + lane % 8 of the block.
     """
-    quarters: tl.constexpr = arc_pairs(DIMENSION) // 16
-    sides: tl.constexpr = 4 // quarters
     lane = tl.arange(0, LANES)
-    side = lane // 8 % sides
-    for start in range(first, last, LANES // (8 * sides)):
-        column = start + lane // (8 * sides)
+    side = lane // 8 % 2
+    for start in range(first, last, LANES // 16):
+        column = start + lane // 16
         block = block_row.to(tl.int64) * columns + tl.minimum(column, last - 1)
-        words = load_arc(codes, block, lane % 8 * sides + side, BITS, WINDOW_BITS, DIMENSION)
+        words = load_arc(codes, block, lane % 8 * 2 + side, BITS, WINDOW_BITS, DIMENSION)
         sums = ()
         for i in tl.static_range(8 * BATCH):
             sums += (total[i],)
-        for pair in tl.static_range(2 * quarters):
-            feature = first_feature + column * 16 + side * (2 * quarters) + pair // 2 * 2 + pair % 2 * 8
+        for pair in tl.static_range(4):
+            feature = first_feature + column * 16 + side * 4 + pair // 2 * 2 + pair % 2 * 8
             xs = ()
             for item in tl.static_range(BATCH):
                 at = x + item * x_stride + feature
@@ -207,7 +219,7 @@ def _small_batch(
     widths = [code.shape[1] for code in codes] + [0] * absent
     tables = [table_of(quantizer, x.device) for quantizer in quantizers]
     first, second = [code_of(quantizer) for quantizer in quantizers] + [NO_CODE] * absent
-    launch = choose_launch(rows, max(widths), arc_pairs(first.dimension) // 16, x.device)
+    launch = choose_launch(rows, max(widths), COLUMNS_PER_WARP, x.device)
     split = launch.splits > 1
     out = torch.empty((launch.splits, batch, out_features), dtype=torch.float32 if split else x.dtype, device=x.device)
     chunks = [-(-width // launch.splits) for width in widths]

@@ -11,6 +11,7 @@ from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 
 def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
@@ -19,6 +20,9 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
     trellis = [part for part in parts if isinstance(part, TrellisQuantizer)]
     if len(trellis) == len(parts):
         return torch.ops.qpc.trellis_linear.default, ([part.step_bits for part in trellis], [part.window_bits for part in trellis])
+    vector = [part for part in parts if isinstance(part, VectorQuantizer)]
+    if len(vector) == len(parts):
+        return torch.ops.qpc.vector_linear.default, ([part.bits for part in vector], vector[0].dimension)
     scalar = [part for part in parts if isinstance(part, ScalarQuantizer)]
     assert len(scalar) == len(parts), f"the parts of {quantizer} are of several families"
     return torch.ops.qpc.scalar_linear.default, ([part.bits for part in scalar],)

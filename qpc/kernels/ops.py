@@ -19,6 +19,7 @@ from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -100,6 +101,22 @@ def _(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits:
 
 
 @_operator
+def vector_linear(
+    x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits: list[int], dimension: int, out_features: int
+) -> Tensor:
+    """Multiply by a vector-quantized weight: `x @ w.T + bias`.
+
+    As `trellis_linear`, with codes[i] int32 [row_blocks, column_blocks_i, 32 / dimension * bits[i]].
+    """
+    return _linear(x, codes, scales, bias, vector_parts(bits, dimension), out_features)
+
+
+@_fake(vector_linear)
+def _(x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, bits: list[int], dimension: int, out_features: int) -> Tensor:
+    return _fake_linear(x, codes, scales, bias, vector_parts(bits, dimension), out_features)
+
+
+@_operator
 def trellis_dequantize(
     codes: list[Tensor],
     scales: Tensor,
@@ -137,6 +154,21 @@ def scalar_dequantize(
 @_fake(scalar_dequantize)
 def _(codes: list[Tensor], scales: Tensor, bits: list[int], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     return _fake_dequantize(codes, scales, scalar_parts(bits), out_features, in_features, dtype)
+
+
+@_operator
+def vector_dequantize(
+    codes: list[Tensor], scales: Tensor, bits: list[int], dimension: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Decode a vector-quantized weight: [out_features, in_features] of `dtype`, in the rotated basis."""
+    return _dequantize(codes, scales, vector_parts(bits, dimension), out_features, in_features, dtype)
+
+
+@_fake(vector_dequantize)
+def _(
+    codes: list[Tensor], scales: Tensor, bits: list[int], dimension: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    return _fake_dequantize(codes, scales, vector_parts(bits, dimension), out_features, in_features, dtype)
 
 
 def _linear(
@@ -191,6 +223,11 @@ def trellis_parts(step_bits: list[int], window_bits: list[int]) -> list[UniformQ
 def scalar_parts(bits: list[int]) -> list[UniformQuantizer]:
     """The quantizer of each part."""
     return [ScalarQuantizer(each) for each in bits]
+
+
+def vector_parts(bits: list[int], dimension: int) -> list[UniformQuantizer]:
+    """The quantizer of each part."""
+    return [VectorQuantizer(dimension, each) for each in bits]
 
 
 def check_rotation(x: Tensor, signs: Tensor, block: int) -> None:

@@ -13,8 +13,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from qpc.errors import KernelError
-from qpc.kernels.computed_code import decode_window
+from qpc.kernels.computed_code import decode_product
 from qpc.quant.bitstring import pack
+from qpc.quant.codebook import shifted_multiplier
 from qpc.quant.neighbours import Neighbours, neighbours
 from qpc.quant.viterbi import joint_reach
 
@@ -25,30 +26,30 @@ SCRATCH_BYTES = 8 << 30
 """Bound on the memory of the symbols that won; half of the free memory if that is less."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "multiplier", "free"])
 def _walk_kernel(
-    values, cells, table, history, joint, ring_steps, first, steps,
-    STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, SLOTS: tl.constexpr, FREE: tl.constexpr,
+    values, cells, table, history, joint, ring_steps, first, steps, step_bits, multiplier, free,
+    SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Walk each ring from step `first` on, and keep the winning symbols in `history`, uint16 [rings, steps, suffixes].
 
-    FREE: all suffixes are open at the start, and the cheapest at the end is left in `joint`. Else only the suffix `joint` is open.
+    free: if not 0, all suffixes are open at the start, and the cheapest at the end is left in `joint`; else only the suffix `joint` is
+    open. The rate is no constant, so that one compiled kernel serves every rate of an effort.
     """
-    suffixes: tl.constexpr = 1 << (WINDOW_BITS - STEP_BITS)
+    suffixes: tl.constexpr = 1 << SUFFIX_BITS
     ring = tl.program_id(0).to(tl.int64)
     own = tl.arange(0, suffixes)
-    costs = tl.zeros((suffixes,), tl.float32)
-    if not FREE:
-        costs = tl.where(own == tl.load(joint + ring), costs, FAR)
+    high = own.to(tl.uint32) << step_bits.to(tl.uint32)
+    costs = tl.where((own == tl.load(joint + ring)) | (free != 0), 0.0, FAR)
     for step in range(steps):
         at = ring * ring_steps + (first + step) % ring_steps
         listed = table + tl.load(cells + at).to(tl.int64) * (SLOTS * suffixes) + own
         x_0, x_1 = tl.load(values + 2 * at), tl.load(values + 2 * at + 1)
         best = tl.full((suffixes,), FAR, tl.float32)
         for slot in tl.static_range(SLOTS):
-            window = (own.to(tl.uint32) << STEP_BITS) | tl.load(listed + slot * suffixes).to(tl.uint32)
+            window = high | tl.load(listed + slot * suffixes).to(tl.uint32)
             before = tl.gather(costs, (window & (suffixes - 1)).to(tl.int32), 0)
-            even, odd = decode_window(window, WINDOW_BITS)
+            even, odd = decode_product((window * multiplier.to(tl.uint32, bitcast=True)).to(tl.uint32))
             across, along = even.to(tl.float32) - x_0, odd.to(tl.float32) - x_1
             cost = tl.fma(along, along, tl.fma(across, across, before))
             marked = (cost.to(tl.int32, bitcast=True) & -SLOTS) | slot
@@ -56,26 +57,25 @@ def _walk_kernel(
         winner = best.to(tl.int32, bitcast=True) & (SLOTS - 1)
         tl.store(history + (ring * steps + step) * suffixes + own, tl.load(listed + winner * suffixes))
         costs = best
-    if FREE:
+    if free != 0:
         tl.store(joint + ring, tl.argmin(costs, axis=0, tie_break_left=True))
 
 
-@triton.jit
-def _trace_kernel(history, joint, symbols, ring_steps, steps, last, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, FREE: tl.constexpr):
+@triton.jit(do_not_specialize=["ring_steps", "steps", "last", "step_bits", "suffixes", "free"])
+def _trace_kernel(history, joint, symbols, ring_steps, steps, last, step_bits, suffixes, free):
     """Follow one ring back from step `steps` and the suffix `joint` to step `last`.
 
-    FREE: leave the suffix that it reaches in `joint`. Else write the symbols.
+    free: if not 0, leave the suffix that it reaches in `joint`; else write the symbols.
     """
-    suffixes: tl.constexpr = 1 << (WINDOW_BITS - STEP_BITS)
     ring = tl.program_id(0).to(tl.int64)
     suffix = tl.load(joint + ring)
     for back in range(steps - last):
         step = steps - 1 - back
         symbol = tl.load(history + (ring * steps + step) * suffixes + suffix).to(tl.int32)
-        if not FREE:
+        if free == 0:
             tl.store(symbols + ring * ring_steps + step, symbol)
-        suffix = ((suffix << STEP_BITS) | symbol) & (suffixes - 1)
-    if FREE:
+        suffix = ((suffix << step_bits) | symbol) & (suffixes - 1)
+    if free != 0:
         tl.store(joint + ring, suffix)
 
 
@@ -108,21 +108,23 @@ def ring_chunk(steps: int, step_bits: int, window_bits: int, device: torch.devic
     return max(1, min(SCRATCH_BYTES, free) // (2 * steps << (window_bits - step_bits)))
 
 
-def walk_warps(step_bits: int, window_bits: int) -> int:
+def walk_warps(suffix_bits: int) -> int:
     """Warps of one program: 4 suffixes for each lane, if so many fit."""
-    return max(1, min(32, (1 << (window_bits - step_bits)) // 128))
+    return max(1, min(32, (1 << suffix_bits) // 128))
 
 
 def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, step_bits: int, window_bits: int) -> None:
     """Both passes over some rings: a free one across the joint, then one that begins and ends with the suffix found there."""
     rings, steps, _ = values.shape
     reach = joint_reach(steps, step_bits, window_bits)
-    history = torch.empty((rings, max(steps, 2 * reach), 1 << (window_bits - step_bits)), dtype=torch.uint16, device=values.device)
+    suffix_bits = window_bits - step_bits
+    history = torch.empty((rings, max(steps, 2 * reach), 1 << suffix_bits), dtype=torch.uint16, device=values.device)
     joint = torch.empty(rings, dtype=torch.int32, device=values.device)
-    bits = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits}
-    warps = walk_warps(step_bits, window_bits)
-    for free, first, count, last in ((True, steps - reach, 2 * reach, reach), (False, 0, steps, 0)):
+    multiplier = shifted_multiplier(window_bits)
+    multiplier -= (multiplier >> 31) << 32  # as a signed number
+    for free, first, count, last in ((1, steps - reach, 2 * reach, reach), (0, 0, steps, 0)):
         _walk_kernel[(rings,)](
-            values, cells, listed.symbols, history, joint, steps, first, count, **bits, SLOTS=listed.slots, FREE=free, num_warps=warps
-        )
-        _trace_kernel[(rings,)](history, joint, symbols, steps, count, last, **bits, FREE=free, num_warps=1)
+            values, cells, listed.symbols, history, joint, steps, first, count, step_bits, multiplier, free,
+            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, num_warps=walk_warps(suffix_bits),
+        )  # fmt: skip
+        _trace_kernel[(rings,)](history, joint, symbols, steps, count, last, step_bits, 1 << suffix_bits, free, num_warps=1)

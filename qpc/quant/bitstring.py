@@ -10,15 +10,14 @@ GROUP = 32
 def pack(fields: Tensor, bits: int) -> Tensor:
     """Concatenate fields of `bits` bits: integer [..., count] -> int32 [..., count * bits / 32]; `count` divisible by 32."""
     grouped = fields.long().reshape(*fields.shape[:-1], fields.shape[-1] // GROUP, GROUP)
-    words = torch.zeros(*grouped.shape[:-1], bits, dtype=torch.int64, device=fields.device)
-    for j in range(GROUP):
-        word, offset = divmod(j * bits, 32)
-        field = grouped[..., j] << offset
-        words[..., word] |= field
-        if offset + bits > 32:
-            words[..., word + 1] |= field >> 32
+    bit = torch.arange(GROUP, device=fields.device) * bits
+    word, offset = bit // 32, bit % 32
+    placed = grouped << offset
+    words = torch.zeros(*grouped.shape[:-1], bits + 1, dtype=torch.int64, device=fields.device)
+    words.index_add_(-1, word, placed & 0xFFFFFFFF)  # fields do not overlap, so a sum is a union
+    words.index_add_(-1, word + 1, placed >> 32)
     sign = 1 << 31
-    return (((words & 0xFFFFFFFF) ^ sign) - sign).to(torch.int32).flatten(-2)
+    return ((words[..., :bits] ^ sign) - sign).to(torch.int32).flatten(-2)
 
 
 def ring_windows(words: Tensor, step_bits: int, window_bits: int) -> Tensor:

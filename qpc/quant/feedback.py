@@ -12,7 +12,7 @@ Damping, H + d mean(diag H) I, is chosen by what would be left on samples that H
 is tr(U^-1 H' U^-T) / tr(H') with U the unit lower triangular matrix of the blocks B and H' the moment of those samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,14 @@ from qpc.errors import QuantizerError
 from qpc.quant.layout import BLOCK_COLUMNS, column_blocks
 from qpc.quant.moment import Moment
 
-DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-"""Candidates, relative to the mean of the diagonal."""
-
 DEFAULT_DAMPING = 1e-2
-"""Where there are no held-out samples (the value of GPTQ, arXiv 2210.17323, section 3)."""
+"""Relative to the mean of the diagonal, where there are no held-out samples (the value of GPTQ, arXiv 2210.17323, section 3)."""
+
+DAMPING_STEP = 10**0.5
+"""With held-out samples the damping climbs or descends from there by such steps as long as they lose less."""
+
+DAMPING_RANGE = (1e-5, 10.0)
+"""Where that ends in any case."""
 
 RoundBlock = Callable[[int, Tensor], Tensor]
 """`round_block(index, target [rows, 16]) -> made [rows, 16]`."""
@@ -48,10 +51,10 @@ class Feedback:
     expected_share: float
 
     @staticmethod
-    def of(moment: Moment, dampings: Sequence[float] = DAMPINGS) -> "Feedback":
+    def of(moment: Moment) -> "Feedback":
         """Factor the second moment of a linear's inputs.
 
-        moment: in the basis of the weight, of any rank. Where it has a held-out part, the damping is the best of `dampings` for that.
+        moment: in the basis of the weight, of any rank. Where it has a held-out part, the damping is the best for that.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
@@ -64,7 +67,14 @@ class Feedback:
         held_out = None if moment.held_out is None else moment.held_out.matrix.double()
         if held_out is None or not bool(held_out.diagonal().sum() > 0):
             return _factor(wide, DEFAULT_DAMPING, wide)
-        return min((_factor(wide, damping, held_out) for damping in dampings), key=lambda each: each.expected_share)
+        best = _factor(wide, DEFAULT_DAMPING, held_out)
+        for step in (DAMPING_STEP, 1 / DAMPING_STEP):
+            while DAMPING_RANGE[0] < best.damping * step < DAMPING_RANGE[1]:
+                other = _factor(wide, best.damping * step, held_out)
+                if other.expected_share >= best.expected_share or (other.damping < best.damping) != (step < 1):
+                    break
+                best = other
+        return best
 
     def round(self, unit: Tensor, round_block: RoundBlock) -> Tensor:
         """Round a matrix [rows, columns] block by block from the last to the first, each towards its own values plus the carried error."""

@@ -1,9 +1,9 @@
 """The blocks that a packed weight is made of, and the order of the weights in them.
 
 A block is 64 rows by 16 columns. Its 1024 weights form 512 pairs of neighbouring columns, in the order in which the 32 lanes of a warp hold
-the A operand of a 16 x 8 x 16 tensor-core product, four such tiles below each other: of tile i, lane 4 g + t holds the pairs t and t + 4
-of rows g and g + 8. So pair p = 16 (4 g + t) + 4 i + q lies in row 16 i + g + 8 (q % 2), columns 2 (t + 4 (q // 2)) and the next, and a
-kernel moves no weight between lanes. Every family of quantizers codes a block on its own, in this order: any range of block rows or block columns
+the A operand of a 16 x 8 x 16 tensor-core product, four such tiles below each other: of tile i, lane 4 g + t holds the pairs t and t + 4 of
+rows g and g + 8. So pair p = 16 (4 g + t) + 4 i + q lies in row 16 i + g + 8 (q % 2), columns 2 (t + 4 (q // 2)) and the next, and a kernel
+moves no weight between lanes. Every family of quantizers codes a block on its own, in this order: any range of block rows or block columns
 of a packed weight is a packed weight too, and a block column is what error feedback rounds at a time.
 
 Why this shape: `benchmarks/studies/README.md`.

@@ -7,13 +7,14 @@ from qpc.errors import QuantizerError
 from qpc.quant.layout import column_blocks
 from qpc.quant.quantizer import Quantizer, UniformQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 
 @dataclass(frozen=True)
 class MixedRateQuantizer(Quantizer):
     """The first `round(high_share * block columns)` block columns are coded by `high`, the others by `low`.
 
-    low, high: of one family, `low` at the smaller rate. high_share: between 0 and 1.
+    low, high: of one family and, if vector quantizers, of one dimension; `low` at the smaller rate. high_share: between 0 and 1.
     """
 
     low: UniformQuantizer
@@ -21,16 +22,20 @@ class MixedRateQuantizer(Quantizer):
     high_share: Fraction
 
     def __post_init__(self) -> None:
-        if self.low.family != self.high.family:
-            raise QuantizerError(f"{self.low} and {self.high} cannot be mixed: they must be of one family")
+        if self.low.family != self.high.family or _dimension(self.low) != _dimension(self.high):
+            raise QuantizerError(f"{self.low} and {self.high} cannot be mixed: they must be of one family and one dimension")
         if self.low.rate >= self.high.rate:
             raise QuantizerError(f"{self.low} must have a smaller rate than {self.high}")
         if not 0 < self.high_share < 1:
             raise QuantizerError(f"high_share={self.high_share} must lie between 0 and 1; use a uniform quantizer at the ends")
 
     def __str__(self) -> str:
-        windows = dict.fromkeys(part.window_bits for part in (self.low, self.high) if isinstance(part, TrellisQuantizer))
-        return f"{self.family} {self.rate}" + (f" L{'/'.join(map(str, windows))}" if windows else "")
+        match self.low, self.high:
+            case TrellisQuantizer(_, low), TrellisQuantizer(_, high):
+                return f"{self.family} {self.rate} L{low}" + (f"/{high}" if high != low else "")
+            case VectorQuantizer(dimension), _:
+                return f"{self.family} {self.rate} D{dimension}"
+        return f"{self.family} {self.rate}"
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -49,3 +54,7 @@ class MixedRateQuantizer(Quantizer):
         columns = column_blocks(in_features)
         high = round(self.high_share * columns)
         return tuple((part, width) for part, width in ((self.high, high), (self.low, columns - high)) if width)
+
+
+def _dimension(quantizer: UniformQuantizer) -> int | None:
+    return quantizer.dimension if isinstance(quantizer, VectorQuantizer) else None

@@ -11,6 +11,7 @@ from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import Quantizer, UniformQuantizer
 from qpc.quant.scalar import MAX_BITS, ScalarQuantizer
 from qpc.quant.trellis import MAX_STEP_BITS, MAX_WINDOW_BITS, MIN_STEP_BITS, TrellisQuantizer
+from qpc.quant.vector import BITS, VectorQuantizer
 
 QUARTER = Fraction(1, 4)
 
@@ -46,6 +47,27 @@ class Effort(Enum):
             raise QuantizerError(f"unknown effort {text!r}; known: {', '.join(effort.name.lower() for effort in Effort)}") from error
 
 
+class Family(Enum):
+    """Quantizers of one kind at many rates."""
+
+    TRELLIS = "trellis"
+    SCALAR = "scalar"
+    PAIRS = "vector, dimension 2"
+    QUADRUPLES = "vector, dimension 4"
+
+    def ladder(self, effort: Effort = Effort.DEFAULT) -> tuple[UniformQuantizer, ...]:
+        """All uniform quantizers of the family, ascending. effort: of the trellis; the others are searched to the end in any case."""
+        match self:
+            case Family.TRELLIS:
+                return tuple(effort.trellis(step_bits) for step_bits in range(MIN_STEP_BITS, MAX_STEP_BITS + 1))
+            case Family.SCALAR:
+                return tuple(ScalarQuantizer(bits) for bits in range(1, MAX_BITS + 1))
+            case Family.PAIRS:
+                return tuple(VectorQuantizer(2, bits) for bits in BITS[2])
+            case Family.QUADRUPLES:
+                return tuple(VectorQuantizer(4, bits) for bits in BITS[4])
+
+
 @dataclass(frozen=True)
 class Palette:
     """Quantizers at distinct rates, ascending."""
@@ -67,10 +89,14 @@ class Palette:
 
 def default_palette(effort: Effort = Effort.DEFAULT) -> Palette:
     """The least distortion at every quarter bit from 1 to 8: trellis codes at the lower rates, scalar ones at the upper."""
-    trellis = [effort.trellis(step_bits) for step_bits in range(MIN_STEP_BITS, MAX_STEP_BITS + 1)]
-    scalar = [ScalarQuantizer(bits) for bits in range(1, MAX_BITS + 1)]
+    return palette_of(Family.TRELLIS, Family.SCALAR, effort=effort)
+
+
+def palette_of(*families: Family, effort: Effort = Effort.DEFAULT) -> Palette:
+    """The least distortion that some families reach at each of their rates, and at the quarter bits between."""
+    candidates = [quantizer for family in families for quantizer in _with_mixtures(family.ladder(effort))]
     best: dict[Fraction, Quantizer] = {}
-    for candidate in sorted((*_with_mixtures(trellis), *_with_mixtures(scalar)), key=lambda q: (q.rate, q.distortion)):
+    for candidate in sorted(candidates, key=lambda q: (q.rate, q.distortion)):
         best.setdefault(candidate.rate, candidate)
     return Palette(tuple(best.values()))
 
@@ -88,7 +114,7 @@ def trellis_at(rate: Fraction, effort: Effort = Effort.DEFAULT) -> Quantizer:
     return low if low.rate == rate else MixedRateQuantizer(low, effort.trellis(step_bits + 1), 2 * rate - step_bits)
 
 
-def _with_mixtures(ladder: list[TrellisQuantizer] | list[ScalarQuantizer]) -> list[Quantizer]:
+def _with_mixtures(ladder: tuple[UniformQuantizer, ...]) -> list[Quantizer]:
     """Quantizers of ascending rate, and the mixtures of neighbours at the quarter bits between them."""
     found: list[Quantizer] = list(ladder)
     for low, high in pairwise(ladder):
@@ -104,6 +130,8 @@ def to_json(quantizer: Quantizer) -> dict[str, Any]:
             return {"kind": "trellis", "step_bits": step_bits, "window_bits": window_bits}
         case ScalarQuantizer(bits):
             return {"kind": "scalar", "bits": bits}
+        case VectorQuantizer(dimension, bits):
+            return {"kind": "vector", "dimension": dimension, "bits": bits}
         case MixedRateQuantizer(low, high, share):
             return {"kind": "mixed", "low": to_json(low), "high": to_json(high), "high_share": [share.numerator, share.denominator]}
     raise QuantizerError(f"{quantizer} has no form in files")
@@ -119,10 +147,13 @@ def from_json(value: object) -> Quantizer:
         case "scalar":
             (bits,) = _fields(value, "bits")
             return ScalarQuantizer(_integer(bits))
+        case "vector":
+            dimension, bits = _fields(value, "dimension", "bits")
+            return VectorQuantizer(_integer(dimension), _integer(bits))
         case "mixed":
             low, high, share = _fields(value, "low", "high", "high_share")
             return MixedRateQuantizer(_uniform(low), _uniform(high), _fraction(share))
-    raise QuantizerError(f"not a quantizer: {_shown(value)}; its kind must be trellis, scalar or mixed")
+    raise QuantizerError(f"not a quantizer: {_shown(value)}; its kind must be trellis, scalar, vector or mixed")
 
 
 def _fields(value: object, *names: str) -> list[object]:

@@ -1,8 +1,9 @@
 """Comparisons of the Triton kernels with their oracles, for the interpreter and for a GPU alike. Needs no test framework."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -11,7 +12,7 @@ from qpc.quant.codebook import CODE_DEVIATION
 from qpc.quant.rotation import Rotation
 from qpc.quant.viterbi import encode_rings as cpu_encoder
 from tests.kernels import ring_oracle
-from tests.kernels.packed import Packed, packed, poisoned
+from tests.kernels.packed import FAMILIES, Packed, packed, poisoned
 from tests.kernels.tolerances import ENCODER, assert_close
 
 Check = Callable[[str], None]
@@ -24,6 +25,7 @@ class Sizes:
     weights: tuple[tuple[int, int], ...] = ()
     step_bits: tuple[tuple[int, ...], ...] = ()
     bits: tuple[tuple[int, ...], ...] = ()
+    vector_bits: tuple[tuple[int, ...], ...] = ()
     suffix_bits: tuple[int, ...] = (10,)
     """Bits of a window of the trellis beyond the step."""
     batches: tuple[int, ...] = ()
@@ -41,24 +43,33 @@ SMALL = (
         weights=((20, 90),),
         step_bits=((3,), (5, 12)),
         bits=((3,), (2, 5)),
+        vector_bits=((5,), (4, 7)),
         suffix_bits=(15,),
         batches=(2, 3, 17),
         dtypes=(torch.float32,),
         rotations=((7, 1), (48, 12), (80, 40), (64, 64), (512, 256)),
         rings=((2, 32, 2, 4), (1, 32, 4, 7)),
     ),
-    Sizes(weights=((9, 40),), step_bits=((3,),), bits=((3,),), batches=BATCHES, dtypes=(torch.float32,)),
+    Sizes(weights=((9, 40),), step_bits=((3,),), batches=BATCHES, dtypes=(torch.float32,)),
+    Sizes(weights=((9, 40),), bits=((3,),), vector_bits=((6,),), batches=(1, 4), dtypes=(torch.float32,)),
 )
 
 EVERY_STEP = (*((bits,) for bits in range(2, 13)), (4, 5), (7, 6), (12, 3))
+EVERY_VECTOR_BITS = (*((bits,) for bits in range(4, 13)), (5, 6), (12, 7))
 EVERY_BITS = (*((bits,) for bits in range(1, 9)), (2, 3), (8, 5))
 EVERY_DTYPE = (torch.float32, torch.float16, torch.bfloat16)
 
 FULL = (
     *SMALL,
-    Sizes(weights=((100, 1000),), step_bits=EVERY_STEP, bits=EVERY_BITS, batches=(1, 3, 17)),
-    Sizes(weights=((1024, 4096),), step_bits=((6,), (4, 5)), bits=((3,), (2, 3)), batches=BATCHES, dtypes=EVERY_DTYPE),
-    Sizes(weights=((16, 16), (64, 16), (64, 14336), (4096, 512)), step_bits=((5,), (5, 6)), bits=((4,), (3, 4)), batches=(1, 3)),
+    Sizes(weights=((100, 1000),), step_bits=EVERY_STEP, bits=EVERY_BITS, vector_bits=EVERY_VECTOR_BITS, batches=(1, 3, 17)),
+    Sizes(weights=((1024, 4096),), step_bits=((6,), (4, 5)), bits=((3,), (2, 3)), vector_bits=((8,),), batches=BATCHES, dtypes=EVERY_DTYPE),
+    Sizes(
+        weights=((16, 16), (64, 16), (64, 14336), (4096, 512)),
+        step_bits=((5,), (5, 6)),
+        bits=((4,), (3, 4)),
+        vector_bits=((6,), (11, 12)),
+        batches=(1, 3),
+    ),
     Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), suffix_bits=(9, 13, 16), batches=(1, 3)),
     Sizes(rotations=((576, 576), (1184, 1184), (4096, 4096), (14336, 14336), (4096, 256), (65536, 32768), (11008, 256))),
     Sizes(rotations=((4096, 4096), (576, 576)), dtypes=(torch.float32, torch.float16)),
@@ -77,13 +88,15 @@ def cases(groups: tuple[Sizes, ...]) -> Iterator[tuple[str, Check]]:
                     yield from _weight_cases(sizes, "trellis", shape, bits, suffix_bits)
             for bits in sizes.bits:
                 yield from _weight_cases(sizes, "scalar", shape, bits, 0)
+            for bits, family in product(sizes.vector_bits, ("pairs", "quadruples")):
+                yield from _weight_cases(sizes, family, shape, bits, 0)
         for features, block in sizes.rotations:
             for dtype in sizes.dtypes:
                 yield f"rotate {features} in blocks of {block} {dtype}", partial(_check_rotation, features, block, dtype)
         for rings, steps, step_bits, window_bits in sizes.rings:
             name = f"encode {rings} rings of {steps} steps of {step_bits} bits, window {window_bits}"
             yield name, partial(_check_encoder, rings, steps, step_bits, window_bits)
-    for family in ("trellis", "scalar"):
+    for family in FAMILIES:
         yield f"splits of the input axis, {family}", partial(_check_splits, family)
     yield "rows of a larger weight", _check_row_range
     yield "strided activation", _check_strided
@@ -157,7 +170,7 @@ def _check_splits(family: str, device: str) -> None:
 
 def _check_row_range(device: str) -> None:
     whole = packed("trellis", 256, 48, [4], device=device)
-    part = Packed("trellis", 128, 48, [4], [code[1:3] for code in whole.codes], whole.scales[64:192], whole.window_bits)
+    part = replace(whole, out_features=128, codes=[code[1:3] for code in whole.codes], scales=whole.scales[64:192])
     x = torch.randn(1, 48, device=device)
     assert_close(_run_linear(part, x, None), _expected(whole, x, None)[:, 64:192])
 

@@ -8,7 +8,6 @@ pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 from qpc.kernels import epilogue, gpu, hadamard, viterbi
 from qpc.kernels.gpu import NO_CODE, Code
-from qpc.quant.neighbours import SLOTS
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int]
@@ -61,29 +60,27 @@ def rotation(base: int, power: int, members: int, warps: int) -> Case:
     return f"rotation {base} x {power}", hadamard._rotate_kernel, types, constants, warps
 
 
-def walk(step_bits: int, window_bits: int, free: bool) -> Case:
-    constants = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits, "FREE": free, "SLOTS": min(SLOTS, 1 << step_bits)}
-    return f"walk {step_bits} of {window_bits}", viterbi._walk_kernel, WALK, constants, viterbi.walk_warps(step_bits, window_bits)
+def walk(suffix_bits: int, slots: int) -> Case:
+    constants = {"SUFFIX_BITS": suffix_bits, "SLOTS": slots}
+    return f"walk of 2^{suffix_bits} suffixes, {slots} slots", viterbi._walk_kernel, WALK, constants, viterbi.walk_warps(suffix_bits)
 
 
-def trace(step_bits: int, window_bits: int, free: bool) -> Case:
-    constants = {"STEP_BITS": step_bits, "WINDOW_BITS": window_bits, "FREE": free}
-    return f"trace {step_bits} of {window_bits}", viterbi._trace_kernel, WALK, constants, 1
+TRACE: Case = ("trace", viterbi._trace_kernel, WALK, {}, 1)
 
 
 SPLITS = {"partial": "*fp32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
 
 KERNELS: list[Case] = [
     vector(trellis(6), NO_CODE, 1, 8),
-    vector(trellis(11, 24), trellis(12, 24), 1, 16),
-    vector(trellis(7, 19), NO_CODE, 4, 16),
     vector(trellis(11, 24), trellis(12, 24), 4, 16),
-    *(vector(table(3, 1), table(8, 1), batch, 16) for batch in (1, 4)),
-    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1))),
+    vector(table(3, 1), table(8, 1), 4, 16),
+    vector(table(7, 2), NO_CODE, 2, 16),
+    vector(table(11, 4), table(12, 4), 4, 16),
+    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
-    *(walk(*each) for each in ((3, 12, True), (4, 17, False), (6, 19, False), (8, 20, True))),
-    *(trace(*each) for each in ((3, 20, True), (8, 16, False), (12, 16, True))),
+    *(walk(*each) for each in ((9, 8), (13, 4), (13, 8))),
+    TRACE,
 ]
 
 

@@ -1,6 +1,7 @@
 """The kept copies of the CPU path: used while they are right, gone when they are not."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def empty_cache() -> None:
 
 
 def run(weight: Packed, x: torch.Tensor) -> torch.Tensor:
-    return ops.trellis_linear(x, weight.codes, weight.scales, None, weight.bits, weight.window_bits, weight.out_features)
+    return ops.trellis_linear(x, weight.codes, weight.scales, None, *weight.format, weight.out_features)
 
 
 def check(weight: Packed, x: torch.Tensor) -> None:
@@ -35,7 +36,7 @@ def test_one_copy_serves_many_calls() -> None:
 def test_views_made_anew_share_a_copy() -> None:
     weight = packed("trellis", 128, 48, [4])
     for _ in range(3):
-        part = Packed("trellis", 64, 48, [4], [weight.codes[0][1:2]], weight.scales[64:128], weight.window_bits)
+        part = replace(weight, out_features=64, codes=[weight.codes[0][1:2]], scales=weight.scales[64:128])
         check(part, torch.randn(2, 48))
         assert cpu.cache_bytes() == 4 * 64 * 48
 
@@ -78,7 +79,7 @@ def test_other_scales_with_the_same_codes() -> None:
     weight = packed("trellis", 32, 48, [4])
     x = torch.randn(2, 48)
     for _ in range(20):
-        check(Packed("trellis", 32, 48, [4], weight.codes, torch.rand(64).bfloat16(), weight.window_bits), x)
+        check(replace(weight, scales=torch.rand(64).bfloat16()), x)
 
 
 def test_made_in_inference_mode() -> None:

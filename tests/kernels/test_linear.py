@@ -12,6 +12,8 @@ from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
+from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 MIXED = MixedRateQuantizer(ScalarQuantizer(3), ScalarQuantizer(5), Fraction(1, 2))
 
@@ -63,3 +65,6 @@ def test_stacked_rows() -> None:
 
 def test_operator_of_each_family() -> None:
     assert operator(MIXED, 48) == (torch.ops.qpc.scalar_linear.default, ([5, 3],))
+    mixed = MixedRateQuantizer(TrellisQuantizer(3, 15), TrellisQuantizer(4, 17), Fraction(1, 2))
+    assert operator(mixed, 48) == (torch.ops.qpc.trellis_linear.default, ([4, 3], [17, 15]))
+    assert operator(VectorQuantizer(4, 6), 48) == (torch.ops.qpc.vector_linear.default, ([6], 4))

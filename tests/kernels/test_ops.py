@@ -1,6 +1,7 @@
 """The operators on the CPU: oracles, shapes, compilation, and what they refuse."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ WEIGHTS = [
     pytest.param("trellis", (33, 100), [5, 6], id="trellis of two rates"),
     pytest.param("scalar", (20, 40), [3], id="scalar"),
     pytest.param("scalar", (33, 100), [2, 3], id="scalar of two rates"),
+    pytest.param("pairs", (33, 100), [4, 5], id="pairs of two rates"),
+    pytest.param("quadruples", (20, 40), [7], id="quadruples"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 def operator(weight: Packed) -> Callable[..., Tensor]:
-    return ops.trellis_linear if weight.family == "trellis" else ops.scalar_linear
+    found: Callable[..., Tensor] = getattr(ops, f"{weight.family}_linear")
+    return found
 
 
 def run(weight: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,7 +64,7 @@ def test_strided_activation() -> None:
 
 def test_row_range_is_a_weight() -> None:
     whole = packed("trellis", 256, 40, [4, 7])
-    part = Packed("trellis", 128, 40, [4, 7], [code[1:3] for code in whole.codes], whole.scales[64:192], whole.window_bits)
+    part = replace(whole, out_features=128, codes=[code[1:3] for code in whole.codes], scales=whole.scales[64:192])
     x = torch.randn(3, 40)
     assert_close(run(part, x), expected(whole, x)[:, 64:192])
 
@@ -69,7 +73,7 @@ def test_row_range_is_a_weight() -> None:
 @pytest.mark.parametrize(("family", "shape", "bits"), WEIGHTS)
 def test_dequantize_is_the_decoded_weight(family: str, shape: tuple[int, int], bits: list[int], dtype: torch.dtype) -> None:
     weight = packed(family, *shape, bits)
-    decode = ops.trellis_dequantize if family == "trellis" else ops.scalar_dequantize
+    decode = getattr(ops, f"{weight.family}_dequantize")
     with poisoned():
         actual = decode(weight.codes, weight.scales, *weight.format, *shape, dtype)
     unit = torch.cat([quantizer.decode(code) for quantizer, code in zip(weight.quantizers, weight.codes, strict=True)], dim=1)
@@ -88,11 +92,13 @@ def test_rotation(features: int, block: int, dtype: torch.dtype) -> None:
 
 
 def test_opcheck() -> None:
-    trellis, scalar = packed("trellis", 33, 100, [5, 6]), packed("scalar", 33, 100, [2, 3])
+    trellis, scalar, pairs = packed("trellis", 33, 100, [5, 6]), packed("scalar", 33, 100, [2, 3]), packed("pairs", 33, 100, [4, 5])
     bias = torch.randn(33)
     opcheck(ops.rotate, (torch.randn(2, 24), torch.zeros(3, dtype=torch.uint8), 12))
     opcheck(ops.trellis_linear, (torch.randn(2, 3, 100), trellis.codes, trellis.scales, bias, *trellis.format, 33))
     opcheck(ops.scalar_linear, (torch.randn(100), scalar.codes, scalar.scales, None, [2, 3], 33))
+    opcheck(ops.vector_linear, (torch.randn(1, 100), pairs.codes, pairs.scales, bias, *pairs.format, 33))
+    opcheck(ops.vector_dequantize, (pairs.codes, pairs.scales, *pairs.format, 33, 100, torch.float16))
     opcheck(ops.trellis_dequantize, (trellis.codes, trellis.scales, *trellis.format, 33, 100, torch.bfloat16))
     opcheck(ops.scalar_dequantize, (scalar.codes, scalar.scales, [2, 3], 33, 100, torch.float32))
 

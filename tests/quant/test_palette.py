@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from qpc.errors import QuantizerError
 from qpc.quant.mixed import MixedRateQuantizer
-from qpc.quant.palette import Effort, Palette, default_palette, from_json, to_json
+from qpc.quant.palette import Effort, Family, Palette, default_palette, from_json, palette_of, to_json
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 
 @pytest.mark.parametrize("effort", Effort)
@@ -42,7 +43,25 @@ def test_printed() -> None:
     ]
 
 
-def test_windows_of_a_mixture_are_printed() -> None:
+@pytest.mark.parametrize("family", Family)
+def test_palettes_of_one_family(family: Family) -> None:
+    palette = palette_of(family)
+    first, *_, last = family.ladder()
+    assert [q.rate for q in palette.quantizers] == [Fraction(n, 4) for n in range(int(4 * first.rate), int(4 * last.rate) + 1)]
+    assert {q.family for q in palette.quantizers} == {first.family}
+    assert all(from_json(json.loads(json.dumps(to_json(q)))) == q for q in palette.quantizers)
+    assert all(a.distortion > b.distortion > 4.0 ** -float(b.rate) for a, b in pairwise(palette.quantizers))
+
+
+@pytest.mark.parametrize("family", Family)
+def test_every_sixteenth_of_a_bit_can_be_made(family: Family) -> None:
+    for low, high in pairwise(family.ladder()):
+        for rate in (Fraction(n, 16) for n in range(int(16 * low.rate) + 1, int(16 * high.rate))):
+            assert MixedRateQuantizer(low, high, (rate - low.rate) / (high.rate - low.rate)).rate == rate
+
+
+def test_mixtures_are_printed() -> None:
+    assert str(MixedRateQuantizer(VectorQuantizer(2, 5), VectorQuantizer(2, 6), Fraction(1, 2))) == "vector 11/4 D2"
     assert str(MixedRateQuantizer(TrellisQuantizer(6, 18), TrellisQuantizer(7, 20), Fraction(1, 2))) == "trellis 13/4 L18/20"
 
 
@@ -67,6 +86,7 @@ def test_unlike_quantizers_do_not_mix() -> None:
     half = Fraction(1, 2)
     for low, high, share in [
         (ScalarQuantizer(2), TrellisQuantizer(6), half),
+        (VectorQuantizer(4, 8), VectorQuantizer(2, 5), half),
         (ScalarQuantizer(3), ScalarQuantizer(2), half),
         (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(0)),
         (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(1)),
@@ -85,8 +105,8 @@ def test_parts_cover_all_columns(in_features: int, share: Fraction) -> None:
 
 
 leaves = st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=3)
-leaves |= st.sampled_from(["trellis", "scalar", "mixed"])
-names = st.sampled_from(["kind", "bits", "step_bits", "window_bits", "low", "high", "high_share"]) | st.text(max_size=3)
+leaves |= st.sampled_from(["trellis", "scalar", "vector", "mixed"])
+names = st.sampled_from(["kind", "bits", "dimension", "step_bits", "window_bits", "low", "high", "high_share"]) | st.text(max_size=3)
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5), max_leaves=12)
 
 

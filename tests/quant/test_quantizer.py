@@ -17,10 +17,16 @@ from qpc.quant.quantizer import PackedWeight, Quantizer, UniformQuantizer
 from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.quant.vector import VectorQuantizer
 
 pytest.importorskip("numba", reason="the CPU encoder is compiled by numba")
 
-PALETTE = default_palette(Effort.FAST).quantizers
+PALETTE = (
+    *default_palette(Effort.FAST).quantizers,
+    *(VectorQuantizer(2, bits) for bits in (2, 5, 8)),
+    *(VectorQuantizer(4, bits) for bits in (4, 7, 10)),
+    MixedRateQuantizer(VectorQuantizer(4, 5), VectorQuantizer(4, 6), Fraction(1, 3)),
+)
 SCALE_ERROR = 2.7e-6
 """Mean squared relative error of a bfloat16 scale: uniform over the spacing 2^-7 / m at a mantissa m, which is distributed as 1 / m."""
 
@@ -121,7 +127,11 @@ def test_block_rows_are_packed_weights(quantizer: Quantizer) -> None:
     assert torch.equal(part.rotated(), packed.rotated()[128:])
 
 
-@pytest.mark.parametrize("quantizer", [TrellisQuantizer(2, 12), TrellisQuantizer(12, 12), *map(ScalarQuantizer, range(1, 9))], ids=str)
+@pytest.mark.parametrize(
+    "quantizer",
+    [TrellisQuantizer(2, 12), TrellisQuantizer(12, 12), *map(ScalarQuantizer, range(1, 9)), VectorQuantizer(2, 9), VectorQuantizer(4, 12)],
+    ids=str,
+)
 def test_encoding_what_was_decoded_gives_the_codes_back(quantizer: UniformQuantizer) -> None:
     words = torch.randint(-(1 << 31), 1 << 31, (1, 2, quantizer.block_words), generator=torch.Generator().manual_seed(3)).to(torch.int32)
     decoded = quantizer.decode(words)
