@@ -76,7 +76,7 @@ class MaskedByteDifferences:
 
 @dataclass(frozen=True)
 class MaskedHalves:
-    """The sum of two halves, each a masked and xored multiply-add of the masked window: QTIP's 3INST (arXiv 2406.11235), two at a time."""
+    """The sum of two halves, each a masked and xored multiply-add of the masked window: QTIP's 3INST (arXiv 2406.11235), in pairs."""
 
     factors: tuple[int, int]
     addends: tuple[int, int]
@@ -107,7 +107,7 @@ class MaskedHalves:
 
 @dataclass(frozen=True)
 class OneHalf:
-    """3INST of QTIP in one dimension: the two halves of one masked hash, added. Two windows make a pair, and each has a shift and a mask."""
+    """3INST of QTIP in one dimension: the two halves of one masked hash, added. Two windows make a pair; each has a shift and a mask."""
 
     factor: int = 89226354
     addend: int = 64248484
@@ -125,9 +125,7 @@ class OneHalf:
             f"and.b32 {r},{source},{mask}; mad.lo.u32 {r},{r},{self.factor},{self.addend}; lop3.b32 {r},{r},0x8fff8fff,0x3b603b60,0x6a;"
             for r, source in (("a", "$1"), ("b", "b"))
         )
-        return (
-            f".reg .b32 a,b,c,d; shr.u32 b,$1,{32 - window_bits}; {terms} prmt.b32 c,a,b,0x5410; prmt.b32 d,a,b,0x7632; add.rn.f16x2 $0,c,d;"
-        )
+        return f".reg .b32 a,b,c,d; shr.u32 b,$1,{32 - window_bits}; {terms} prmt.b32 c,a,b,0x5410; prmt.b32 d,a,b,0x7632; add.rn.f16x2 $0,c,d;"
 
 
 @dataclass(frozen=True)
@@ -211,4 +209,33 @@ class FoldedHalves(Folded):
         return (
             f"{self.hash_ptx(window_bits)} mad.lo.u32 b,a,{self.mix},{self.shift};"
             f" and.b32 a,a,{keep}; and.b32 b,b,{keep}; add.rn.f16x2 $0,a,b;"
+        )
+
+
+@dataclass(frozen=True)
+class FoldedFused(FoldedHalves):
+    """`FoldedHalves` with longer tails: p r + q, where p and q are the two halves and r, in [1, 2), has the high mantissa bits of q.
+
+    Eight instructions, with the shift. r keeps 8 bits of mantissa, so that p r + q is exact in float32: a fused multiply-add in half is the same
+    as float32 arithmetic rounded once.
+    """
+
+    stretch: int = 0x03FC
+
+    @property
+    def name(self) -> str:
+        return "folded, p r + q"
+
+    def decode(self, window_bits: int) -> Points:
+        h2 = self.hashed(window_bits)
+        h3 = multiply_add(h2, self.mix, self.shift)
+        p, q = (halves(h & self.keep * 0x10001).astype(np.float32) for h in (h2, h3))
+        r = halves(h3 & self.stretch * 0x10001 ^ 0x3C003C00).astype(np.float32)
+        return (p * r + q).astype(np.float16).astype(np.float64)
+
+    def ptx(self, window_bits: int) -> str:
+        keep, stretch = self.keep * 0x10001, self.stretch * 0x10001
+        return (
+            f"{self.hash_ptx(window_bits)} mad.lo.u32 b,a,{self.mix},{self.shift}; lop3.b32 c,b,{stretch},0x3c003c00,0x6a;"
+            f" and.b32 a,a,{keep}; and.b32 b,b,{keep}; fma.rn.f16x2 $0,a,c,b;"
         )

@@ -10,7 +10,7 @@ RING_WEIGHTS = 1024
 RESOLUTION = 4096
 """The search takes integer points: a code of unit deviation is rounded to this many steps of it."""
 
-SPREADS = (1.03, 0.98, 0.93, 0.88, 0.83, 0.78)
+SPREADS = (1.08, 1.04, 1.00, 0.96, 0.92, 0.88, 0.84, 0.80)
 """Ratios of weights' deviation to the code's that are tried."""
 
 
@@ -49,11 +49,17 @@ def gap_db(points: Points, dimension: int, step_bits: int, weights: NDArray[np.f
 
 
 def best_gap_db(points: Points, dimension: int, step_bits: int, weights: NDArray[np.float32]) -> tuple[float, float]:
-    """The least gap over `SPREADS` and the spread that reaches it; the search stops where the gap rises again."""
-    best = (float("inf"), 0.0)
-    for spread in SPREADS:
-        found = gap_db(points, dimension, step_bits, weights, spread)
-        if found > best[0]:
-            break
-        best = (found, spread)
-    return best
+    """The least gap over `SPREADS` and the spread that reaches it: a walk downhill from the middle."""
+    gaps: dict[int, float] = {}
+
+    def gap(index: int) -> float:
+        if not 0 <= index < len(SPREADS):
+            return float("inf")
+        if index not in gaps:
+            gaps[index] = gap_db(points, dimension, step_bits, weights, SPREADS[index])
+        return gaps[index]
+
+    here = len(SPREADS) // 2
+    while (best := min((here - 1, here, here + 1), key=gap)) != here:
+        here = best
+    return gap(here), SPREADS[here]

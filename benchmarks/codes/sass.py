@@ -47,7 +47,7 @@ class DecodeCost:
 
 
 def opcodes(ptx: str, words: int) -> Counter[str]:
-    """How often each opcode occurs in the kernel that applies `ptx` to `words` words of a thread; of its modifiers only HI and WIDE stay."""
+    """Count the opcodes of the kernel that applies `ptx` to `words` words of a thread; of the modifiers only HI and WIDE stay."""
     types, constants = {"words": "*u32", "out": "*u32"}, {"CODE": "{" + ptx + "}", "WORDS": THREADS * words}
     compiled = compile_kernel(_decode_kernel, types, constants, ARCHITECTURE)
     found = (re.match(r"(?:@\S+\s+)?([A-Z]\w*)(\S*)", line) for line in instructions(compiled))

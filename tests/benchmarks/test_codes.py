@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton compiles and interprets the codes")
 
-from benchmarks.codes.__main__ import CANDIDATES, WINNER, gaussian_table
+from benchmarks.codes.__main__ import CANDIDATES, HIGH_RATES, LOW_RATES, gaussian_table
 from benchmarks.codes.candidates import MaskedByteDifferences
 from benchmarks.codes.measure import gap_db, gaussian_rings
 from benchmarks.codes.pareto import pareto_front
@@ -26,16 +26,24 @@ def test_interpreter_decodes_as_numpy_does() -> None:
 
 
 @pytest.mark.parametrize("window_bits", [12, 16])
-def test_winner_is_python_integers_and_one_half_addition(window_bits: int) -> None:
-    points = WINNER.decode(window_bits)
+def test_winners_are_integers_and_one_rounding(window_bits: int) -> None:
+    low, high = LOW_RATES.decode(window_bits), HIGH_RATES.decode(window_bits)
     for window in range(0, 1 << window_bits, 37):
-        h1 = (window * WINNER.spread << (32 - window_bits)) % 2**32
-        h2 = ((h1 - (h1 >> 31 << 32)) * WINNER.fold >> 32) % 2**32
-        h3 = (h2 * WINNER.mix + WINNER.shift) % 2**32
+        h1 = (window * LOW_RATES.spread << (32 - window_bits)) % 2**32
+        h2 = ((h1 - (h1 >> 31 << 32)) * LOW_RATES.fold >> 32) % 2**32
+        h3 = (h2 * LOW_RATES.mix + LOW_RATES.shift) % 2**32
         for column in range(2):
-            signed = [(h >> 16 * column & 0x8FFF ^ 0x8000) - 0x8000 for h in (h2, h3)]
-            terms = torch.tensor(signed, dtype=torch.int16).view(torch.float16).double()
-            assert points[window, column] == terms.sum().half().item()
+            p, q = _half(h2 >> 16 * column & 0x8FFF), _half(h3 >> 16 * column & 0x8FFF)
+            r = _half(h3 >> 16 * column & HIGH_RATES.stretch ^ 0x3C00)
+            assert low[window, column] == np.float16(float(p + q))
+            assert high[window, column] == np.float16(float(p * r + q))
+
+
+def _half(bits: int) -> Fraction:
+    """The exact value of an IEEE half."""
+    sign, exponent, mantissa = bits >> 15, bits >> 10 & 31, bits & 1023
+    magnitude = Fraction(mantissa, 1 << 24) if exponent == 0 else Fraction(1024 + mantissa) * Fraction(2) ** (exponent - 25)
+    return -magnitude if sign else magnitude
 
 
 def test_byte_sums_are_the_code_of_the_quantizer() -> None:
@@ -47,8 +55,9 @@ def test_byte_sums_are_the_code_of_the_quantizer() -> None:
 def test_counter_finds_known_instructions() -> None:
     counts = opcodes("mul.hi.s32 $0,$1,$1;", 1)
     assert counts["IMAD.HI"] == 1 and counts["STG"] == 1
-    cost = decode_cost(WINNER, 16)
-    assert (cost.instructions, cost.logic_clocks) == (7, 6)
+    low, high = decode_cost(LOW_RATES, 16), decode_cost(HIGH_RATES, 16)
+    assert (low.instructions, low.logic_clocks) == (7, 6)
+    assert (high.instructions, high.logic_clocks) == (8, 8)
 
 
 def test_front_keeps_what_nothing_dominates() -> None:
