@@ -93,7 +93,7 @@ def searched(count: int, rings: int) -> Iterator[dict[str, Any]]:
             "family": make.__name__,
             "tried": count,
             "median_gaps_db": [round(gap, 3) for gap in found[count // 2].gaps_db],
-            "best": [{"code": dataclasses.asdict(each.code), "gaps_db": [round(gap, 3) for gap in each.gaps_db]} for each in found[:5]],  # type: ignore[call-overload]
+            "best": [{"code": dataclasses.asdict(each.code), "gaps_db": [round(gap, 3) for gap in each.gaps_db]} for each in found[:5]],
         }
 
 

@@ -125,7 +125,8 @@ class OneHalf:
             f"and.b32 {r},{source},{mask}; mad.lo.u32 {r},{r},{self.factor},{self.addend}; lop3.b32 {r},{r},0x8fff8fff,0x3b603b60,0x6a;"
             for r, source in (("a", "$1"), ("b", "b"))
         )
-        return f".reg .b32 a,b,c,d; shr.u32 b,$1,{32 - window_bits}; {terms} prmt.b32 c,a,b,0x5410; prmt.b32 d,a,b,0x7632; add.rn.f16x2 $0,c,d;"
+        joined = "prmt.b32 c,a,b,0x5410; prmt.b32 d,a,b,0x7632; add.rn.f16x2 $0,c,d;"
+        return f".reg .b32 a,b,c,d; shr.u32 b,$1,{32 - window_bits}; {terms} {joined}"
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,8 @@ class FoldedHalves(Folded):
 class FoldedFused(FoldedHalves):
     """`FoldedHalves` with longer tails: p r + q, where p and q are the two halves and r, in [1, 2), has the high mantissa bits of q.
 
-    Eight instructions, with the shift. r keeps 8 bits of mantissa, so that p r + q is exact in float32: a fused multiply-add in half is the same
-    as float32 arithmetic rounded once.
+    Eight instructions, with the shift. r keeps 8 bits of mantissa, so that p r + q is exact in float32: a fused multiply-add in half is
+    the same as float32 arithmetic rounded once.
     """
 
     stretch: int = 0x03FC
