@@ -1,0 +1,37 @@
+"""Integer hashes of a window: numpy int64 arrays hold uint32 values."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.int64]
+"""Any shape; values in [0, 2^32)."""
+
+MASK = 0xFFFFFFFF
+
+
+def windows(window_bits: int) -> Words:
+    """All windows of this length: int64 [2^window_bits]."""
+    return np.arange(1 << window_bits, dtype=np.int64)
+
+
+def multiply_add(words: Words, factor: int, addend: int = 0) -> Words:
+    """`words * factor + addend` modulo 2^32 (one IMAD)."""
+    low, high = factor & 0xFFFF, factor >> 16
+    return (words * low + ((words * high & 0xFFFF) << 16) + addend) & MASK
+
+
+def multiply_high(words: Words, factor: int) -> Words:
+    """High 32 bits of the signed product with `factor`, which is in [0, 2^31) (one IMAD.HI)."""
+    signed = (words ^ 0x80000000) - 0x80000000
+    return (signed * factor >> 32) & MASK
+
+
+def halves(words: Words) -> NDArray[np.float16]:
+    """Bit patterns of two IEEE halves, the low one first: float16 [..., 2]."""
+    pair = np.stack([words & 0xFFFF, words >> 16], axis=-1)
+    return pair.astype(np.uint16).view(np.float16)
+
+
+def byte(words: Words, index: int) -> Words:
+    """Byte `index` of each word, 0 the least significant."""
+    return (words >> (8 * index)) & 0xFF

@@ -1,0 +1,74 @@
+"""Counts the machine instructions that decode a pair of weights on sm_90, from compiled SASS; needs no GPU."""
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from benchmarks.codes.candidates import Code
+from tests.kernels.compiling import compile_kernel, instructions
+
+ARCHITECTURE = 90
+THREADS = 128
+WORDS = (16, 8)
+"""Words of a thread in the two kernels whose difference is counted."""
+
+LOGIC = {"LOP3", "SHF", "PRMT", "IADD3", "SGXT", "VIADD", "LEA", "I2FP", "SEL", "HMNMX2"}
+"""Opcodes of the integer and logic pipe of sm_90: one warp instruction in two clocks per sub-partition."""
+
+INTEGER_MULTIPLY = {"IMAD", "IDP"}
+"""Opcodes of the heavy half of the multiply pipe, at the same rate. IMAD.HI and IMAD.WIDE are taken to need four clocks: not measured."""
+
+
+@triton.jit
+def _decode_kernel(words, out, CODE: tl.constexpr, WORDS: tl.constexpr):
+    lanes = tl.arange(0, WORDS)
+    pair = tl.inline_asm_elementwise(CODE, "=r,r", [tl.load(words + lanes)], dtype=tl.uint32, is_pure=True, pack=1)
+    tl.store(out + lanes, pair)
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """For one pair of weights of a warp, with one funnel shift that extracts the window."""
+
+    instructions: float
+    logic_clocks: float
+    """Clocks of the integer and logic pipe."""
+    multiply_clocks: float
+    """Clocks of the pipe of integer multiplications."""
+
+    @property
+    def clocks(self) -> float:
+        """Clocks of the busiest of issue slot, logic pipe and multiply pipe."""
+        return max(self.instructions, self.logic_clocks, self.multiply_clocks)
+
+
+def opcodes(ptx: str, words: int) -> Counter[str]:
+    """Count the opcodes of the kernel that applies `ptx` to `words` words of a thread; of the modifiers only HI and WIDE stay."""
+    types, constants = {"words": "*u32", "out": "*u32"}, {"CODE": "{" + ptx + "}", "WORDS": THREADS * words}
+    compiled = compile_kernel(_decode_kernel, types, constants, ARCHITECTURE)
+    found = (re.match(r"(?:@\S+\s+)?([A-Z]\w*)(\S*)", line) for line in instructions(compiled))
+    return Counter(match[1] + "".join(part for part in (".HI", ".WIDE") if part + "." in match[2] + ".") for match in found if match)
+
+
+def per_word(ptx: str) -> dict[str, float]:
+    """Opcodes that one more word takes: what is loaded once, such as constants, is not in it."""
+    many, few = (opcodes(ptx, words) for words in WORDS)
+    return {name: (many[name] - few[name]) / (WORDS[0] - WORDS[1]) for name in many if name != "NOP"}
+
+
+def decode_cost(code: Code, window_bits: int) -> DecodeCost:
+    """Cost of one pair: what decoding has beyond copying the words, and the funnel shift."""
+    counts = per_word(code.ptx(window_bits))
+    for name, count in per_word("mov.b32 $0,$1;").items():
+        counts[name] = counts.get(name, 0.0) - count
+    counts["SHF"] = counts.get("SHF", 0.0) + 1
+    heavy = {name: 4 if "." in name else 2 for name in counts if name.split(".")[0] in INTEGER_MULTIPLY}
+    return DecodeCost(
+        sum(counts.values()),
+        2 * sum(count for name, count in counts.items() if name.split(".")[0] in LOGIC),
+        sum(clocks * counts[name] for name, clocks in heavy.items()),
+    )

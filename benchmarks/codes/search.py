@@ -1,0 +1,45 @@
+"""Search for a candidate's constants: random odd ones from a seed, ranked by the gaps at 2 and 3 bits on common weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.codes.candidates import Code, FoldedHalves, MaskedHalves
+from benchmarks.codes.measure import gap_db, gaussian_rings
+
+SCREEN = ((4, 0.98), (6, 0.935))
+"""Step bits and spread of the screening; windows have 12 bits more than a step."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A code and its gaps in dB at the step bits of `SCREEN`."""
+
+    code: Code
+    gaps_db: tuple[float, ...]
+
+
+def folded_halves(constants: Sequence[int]) -> FoldedHalves:
+    """Odd constants to a code; the fold lies in [2^30, 2^31), so that the signed product fills the exponents evenly."""
+    spread, fold, mix, shift = constants
+    return FoldedHalves(spread, fold >> 1 | 0x40000001, mix, shift)
+
+
+def masked_halves(constants: Sequence[int]) -> MaskedHalves:
+    """Odd constants to a code of the masked window."""
+    return MaskedHalves((constants[0], constants[1]), (constants[2], constants[3]))
+
+
+FAMILIES: tuple[Callable[[Sequence[int]], Code], ...] = (folded_halves, masked_halves)
+
+
+def search(make: Callable[[Sequence[int]], Code], count: int, seed: int, rings: int) -> list[Found]:
+    """`count` random sets of four odd constants, best sum of gaps first."""
+    generator, weights = np.random.default_rng(seed), gaussian_rings(rings, seed)
+    found = []
+    for _ in range(count):
+        code = make([int(value) | 1 for value in generator.integers(0, 1 << 32, 4)])
+        gaps = tuple(gap_db(code.decode(bits + 12), code.dimension, bits, weights, spread) for bits, spread in SCREEN)
+        found.append(Found(code, gaps))
+    return sorted(found, key=lambda each: sum(each.gaps_db))
