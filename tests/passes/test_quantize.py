@@ -120,7 +120,7 @@ def test_moments_are_those_behind_the_weights_already_packed(sequential: bool, m
     monkeypatch.setattr(MomentStream, "moment", lambda *call: seen.append(original(*call)) or seen[-1])
     torch.manual_seed(0)
     model = Branches()
-    x = torch.randn(64, 32)
+    x = torch.randn(64, model.a.in_features)
     program = allocated(model, ScalarQuantizer(2))
     samples = Samples((x[:40], x[40:56]), (x[56:],), "given")
     Quantize(samples=samples, sequential=sequential).run(program)
@@ -138,8 +138,9 @@ def test_moments_are_those_behind_the_weights_already_packed(sequential: bool, m
 
 def test_only_feedback_leaves_a_share_of_the_error() -> None:
     torch.manual_seed(0)
-    for samples in (None, Samples((torch.randn(40, 32),), (), "given")):
-        program = allocated(Branches())
+    model = Branches()
+    for samples in (None, Samples((torch.randn(40, model.a.in_features),), (), "given")):
+        program = allocated(model)
         Quantize(samples=samples).run(program)
         shares = [note.remaining for note in program.decisions.values()]
         assert all(share is None if samples is None else share is not None and 0 < share < 1.5 for share in shares)
