@@ -93,7 +93,8 @@ def sample(
                 begin = torch.cat([begin, torch.randint(config.vocab_size, (rows, 1), generator=draw)], dim=1)
             task = "sample" if len(batches) == 1 else f"sample, part {number} of {len(batches)}"
             fresh = track(range(begin.shape[1], length), task, max(0, length - begin.shape[1]), progress)
-            made.append(_continued(model, begin[:, :length], fresh, temperature, draw))
+            with torch.compiler.set_stance("force_eager"):  # a model that compiles itself in place may be waiting for this very text
+                made.append(_continued(model, begin[:, :length], fresh, temperature, draw))
     finally:
         for module in training:
             module.training = True

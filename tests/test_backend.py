@@ -66,6 +66,14 @@ def test_other_weights_are_packed_anew() -> None:
     assert torch.allclose(after, logits(qpc.compile(model, budget=BUDGET, effort="fast")), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_compiles_itself_in_place_samples_its_own_text() -> None:
+    _, compiled = compiled_pair("llama")
+    model = FAMILIES["llama"]().eval()
+    model.compile(backend="qpalette", options=OPTIONS)
+    expected = logits(compiled)
+    assert (logits(model) - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_calibration_is_that_of_the_other_door() -> None:
     model = FAMILIES["llama"]().eval()
     expected = logits(qpc.compile(model, budget=BUDGET, effort="fast", calibration=TOKENS))

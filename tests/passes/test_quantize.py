@@ -10,15 +10,13 @@ from qpc.calibration import Samples
 from qpc.capture import capture
 from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
-from qpc.passes import quantize
+from qpc.moments import MomentStream
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.quantize import Quantize, by_input, excess_kurtosis, relative_error, sign_owners, site_of
-from qpc.quant.feedback import round_with_feedback
 from qpc.quant.moment import Moment
-from qpc.quant.quantizer import PackedWeight, Quantizer, RingEncoder
 from qpc.quant.scalar import ScalarQuantizer
-from tests.families import copied, grouped
+from tests.families import grouped
 from tests.test_moments import hooked
 
 
@@ -109,37 +107,30 @@ def test_weights_come_input_by_input() -> None:
     nodes = list(program.linears())
     stages = by_input(program, nodes, sign_owners(nodes))
     assert [[[site_of(node).name for node in sharing] for sharing in stage] for stage in stages] == [[["a"]], [["b", "c"]], [["d"]]]
-    program = copied(grouped("llama"))
+    program = grouped("llama")
     nodes = list(program.linears())
     assert [len(stage) for stage in by_input(program, nodes, sign_owners(nodes))] == [3, 1, 2, 1] * 2
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-def test_each_weight_is_rounded_with_the_moment_of_its_inputs(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moments, rotated back, are those of a model whose weights before the linear are the restored ones, or of the original."""
-    seen: list[tuple[torch.Tensor, Moment]] = []
-
-    def spy(quantizer: Quantizer, weight: torch.Tensor, moment: Moment, encoder: RingEncoder | None) -> tuple[PackedWeight, float]:
-        seen.append((weight, moment))
-        return round_with_feedback(quantizer, weight, moment, encoder)
-
-    monkeypatch.setattr(quantize, "round_with_feedback", spy)
+def test_moments_are_those_behind_the_weights_already_packed(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is that of a model whose weights before the linear are the restored ones, or of the original."""
+    seen: list[Moment] = []
+    original = MomentStream.moment
+    monkeypatch.setattr(MomentStream, "moment", lambda *call: seen.append(original(*call)) or seen[-1])
     torch.manual_seed(0)
     model = Branches()
-    x = torch.randn(64, 32)
+    x = torch.randn(64, model.a.in_features)
     program = allocated(model, ScalarQuantizer(2))
     samples = Samples((x[:40], x[40:56]), (x[56:],), "given")
     Quantize(samples=samples, sequential=sequential).run(program)
     assert len(seen) == 3, "a and b read one value, but b has another input too"
     twin = copy.deepcopy(model)
-    for (weight, moment), names in zip(seen, (("a",), ("b", "c"), ("d",)), strict=True):
-        rotation = program.packed[names[0]].rotation
-        assert rotation is not None
-        torch.testing.assert_close(rotation.invert(weight), model.get_submodule(names[0]).weight.detach())
+    for moment, names in zip(seen, (("a",), ("b", "c"), ("d",)), strict=True):
         for part, found in ((x[:56], moment), (x[56:], moment.held_out)):
             expected = torch.stack(list(hooked(twin, set(names), [part]).values())).mean(0)
             assert found is not None and found.count == len(part) * len(names)
-            torch.testing.assert_close(found.matrix, Moment(expected.float(), 0).rotated(rotation).matrix, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.matrix, expected.float(), rtol=1e-4, atol=1e-5)
         if sequential:
             with torch.no_grad():
                 twin.get_submodule(names[0]).weight.copy_(program.packed[names[0]].restored())
@@ -147,8 +138,9 @@ def test_each_weight_is_rounded_with_the_moment_of_its_inputs(sequential: bool, 
 
 def test_only_feedback_leaves_a_share_of_the_error() -> None:
     torch.manual_seed(0)
-    for samples in (None, Samples((torch.randn(40, 32),), (), "given")):
-        program = allocated(Branches())
+    model = Branches()
+    for samples in (None, Samples((torch.randn(40, model.a.in_features),), (), "given")):
+        program = allocated(model)
         Quantize(samples=samples).run(program)
         shares = [note.remaining for note in program.decisions.values()]
         assert all(share is None if samples is None else share is not None and 0 < share < 1.5 for share in shares)
