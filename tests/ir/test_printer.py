@@ -81,7 +81,7 @@ def test_later_facts_get_columns_of_their_own() -> None:
     program = grouped("mlp")
     assert summary(program).splitlines()[0].split() == ["linear", "shape", "input"]
     first = next(iter(program.linears()))
-    annotate(first, annotation(first).but(quantizer=TrellisQuantizer(7), sensitivity=0.5, distortion=0.0102, weight_bytes=1234))
+    annotate(first, annotation(first).but(quantizer=TrellisQuantizer(7, 16), sensitivity=0.5, distortion=0.0102, weight_bytes=1234))
     head, line, other = summary(program).splitlines()
     assert head.split() == ["linear", "shape", "input", "quantizer", "sensitivity", "distortion", "bytes"]
     assert "trellis 7/2 L16" in line and line.split()[-3:] == ["0.5", "0.0102", "1234"]

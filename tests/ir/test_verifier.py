@@ -214,7 +214,7 @@ def test_members_of_a_group_share_their_quantizer() -> None:
 
 def test_applications_of_a_weight_share_their_quantizer() -> None:
     program = quantized("shared")
-    change("b", quantizer=TrellisQuantizer(7, 12))(program)
+    change("b", quantizer=TrellisQuantizer(7, 14))(program)
     with pytest.raises(VerifierError, match="but its weight has"):
         verify(program)
 
@@ -225,7 +225,7 @@ QUANTIZED = {
     "no packed weight": (lambda p: p.packed.pop("last"), "last has no packed weight"),
     "packed but not allocated": (change("last", quantizer=None), "'last': has a packed weight, but no quantizer"),
     "wrong shape": (change_packed("last", out_features=17), "the packed weight is 17x32, the site 64x32"),
-    "other quantizer": (change_packed("last", quantizer=TrellisQuantizer(7, 12)), "packed by trellis 7/2 .*allocated to trellis 3 "),
+    "other quantizer": (change_packed("last", quantizer=TrellisQuantizer(7, 14)), "packed by trellis 7/2 .*allocated to trellis 3 "),
     "codes cut short": (change_packed("last", codes=(torch.zeros(1, 1, 96, dtype=torch.int32),)), r"int32 \[\(1, 2, 96\)\] is required"),
     "codes of another dtype": (change_packed("last", codes=(torch.zeros(1, 2, 96, dtype=torch.int64),)), "torch.int64"),
     "scales": (change_packed("last", scales=torch.ones(64)), "scales are torch.float32"),

@@ -70,7 +70,7 @@ def test_missing_rate_is_named() -> None:
         default_palette().at(Fraction(1, 3))
 
 
-@pytest.mark.parametrize("quantizers", [(), (ScalarQuantizer(3), ScalarQuantizer(2)), (ScalarQuantizer(3), TrellisQuantizer(6))])
+@pytest.mark.parametrize("quantizers", [(), (ScalarQuantizer(3), ScalarQuantizer(2)), (ScalarQuantizer(3), TrellisQuantizer(6, 16))])
 def test_palette_must_ascend(quantizers: tuple[Any, ...]) -> None:
     with pytest.raises(QuantizerError):
         Palette(quantizers)
@@ -85,7 +85,7 @@ def test_effort_is_parsed() -> None:
 def test_unlike_quantizers_do_not_mix() -> None:
     half = Fraction(1, 2)
     for low, high, share in [
-        (ScalarQuantizer(2), TrellisQuantizer(6), half),
+        (ScalarQuantizer(2), TrellisQuantizer(6, 16), half),
         (VectorQuantizer(4, 8), VectorQuantizer(2, 5), half),
         (ScalarQuantizer(3), ScalarQuantizer(2), half),
         (ScalarQuantizer(2), ScalarQuantizer(3), Fraction(0)),
