@@ -18,8 +18,10 @@ def bits_in_arc(words, BIT: tl.constexpr, WIDTH: tl.constexpr):
     low: tl.constexpr = BIT // 32
     offset: tl.constexpr = BIT % 32
     if offset + WIDTH <= 32:
-        return words[low] >> offset
-    return (((words[low + 1].to(tl.uint64) << 32) | words[low].to(tl.uint64)) >> offset).to(tl.uint32)
+        found = words[low] >> offset
+    else:
+        found = (((words[low + 1].to(tl.uint64) << 32) | words[low].to(tl.uint64)) >> offset).to(tl.uint32)
+    return found
 
 
 @triton.jit

@@ -23,7 +23,7 @@ def test_default_palette_has_every_quarter_bit(effort: Effort) -> None:
         assert palette.at(quantizer.rate) is quantizer
         assert 4.0 ** -float(quantizer.rate) < quantizer.distortion < 1
         assert from_json(json.loads(json.dumps(to_json(quantizer)))) == quantizer
-    assert palette.at(Fraction(3)) == TrellisQuantizer(6, effort.window_bits)
+    assert palette.at(Fraction(3)) == effort.trellis(6)
     assert palette.at(Fraction(8)) == ScalarQuantizer(8)
     assert all(a.distortion > b.distortion for a, b in pairwise(palette.quantizers) if b.rate <= 6)
 
@@ -36,8 +36,8 @@ def test_longer_windows_are_better() -> None:
 def test_printed() -> None:
     palette = default_palette()
     assert [str(palette.at(Fraction(rate))) for rate in (3, Fraction(13, 4), 7, Fraction(27, 4))] == [
-        "trellis 3 L16",
-        "trellis 13/4 L16",
+        "trellis 3 L19",
+        "trellis 13/4 L19/20",
         "scalar 7",
         "scalar 27/4",
     ]
