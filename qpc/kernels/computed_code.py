@@ -4,12 +4,15 @@
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.quant.codebook import FOLD, HALF_MASK, SECOND_INCREMENT, SECOND_MULTIPLIER, shifted_multiplier
+from qpc.quant.codebook import FACTOR_MASK, FACTOR_ONE, FOLD, HALF_MASK, SECOND_INCREMENT, SECOND_MULTIPLIER, long_tails, shifted_multiplier
 
 _FOLD, _HALF_MASK = tl.constexpr(FOLD), tl.constexpr(HALF_MASK)
 _SECOND_MULTIPLIER, _SECOND_INCREMENT = tl.constexpr(SECOND_MULTIPLIER), tl.constexpr(SECOND_INCREMENT)
 
+_FACTOR_MASK, _FACTOR_ONE = tl.constexpr(FACTOR_MASK), tl.constexpr(FACTOR_ONE)
+
 _shifted_multiplier = triton.constexpr_function(shifted_multiplier)
+_long_tails = triton.constexpr_function(long_tails)
 
 
 @triton.jit
@@ -32,26 +35,31 @@ def bits_from(low, high, offset):
 
 
 @triton.jit
-def decode_window(word, WINDOW_BITS: tl.constexpr):
-    """The two float16 code values of the window in the low bits of a uint32; the bits above it are of no account."""
+def decode_window(word, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
+    """The two code values of the window in the low bits of a uint32, float32; the bits above it are of no account."""
     multiplier: tl.constexpr = _shifted_multiplier(WINDOW_BITS)
-    return decode_product((word * multiplier).to(tl.uint32))
+    return decode_product((word * multiplier).to(tl.uint32), _long_tails(STEP_BITS))
 
 
 @triton.jit
-def decode_product(spread):
+def decode_product(spread, LONG_TAILS: tl.constexpr):
     """The same from the product of the window and its multiplier, `shifted_multiplier` of `qpc.quant.codebook`."""
     first = ((spread.to(tl.int32, bitcast=True).to(tl.int64) * _FOLD) >> 32).to(tl.uint32)
     second = (first * _SECOND_MULTIPLIER + _SECOND_INCREMENT).to(tl.uint32)
-    first, second = first & _HALF_MASK, second & _HALF_MASK
-    return _lower(first) + _lower(second), _upper(first) + _upper(second)
+    p, q = first & _HALF_MASK, second & _HALF_MASK
+    p_0, p_1 = _lower(p), _upper(p)
+    if LONG_TAILS:
+        r = (second & _FACTOR_MASK) ^ _FACTOR_ONE
+        p_0, p_1 = p_0 * _lower(r), p_1 * _upper(r)
+    even, odd = p_0 + _lower(q), p_1 + _upper(q)
+    return even.to(tl.float16).to(tl.float32), odd.to(tl.float16).to(tl.float32)
 
 
 @triton.jit
 def _lower(word):
-    return word.to(tl.uint16).to(tl.float16, bitcast=True)
+    return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _upper(word):
-    return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -49,7 +49,7 @@ def load_arc(codes, block, arc, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, D
 def decode_in_arc(words, table, PAIR: tl.constexpr, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
     """The two weights of a fixed pair of an arc, float32, in the unit of the code."""
     if WINDOW_BITS > 0:
-        even, odd = decode_window(bits_in_arc(words, PAIR * BITS, WINDOW_BITS), WINDOW_BITS)
+        even, odd = decode_window(bits_in_arc(words, PAIR * BITS, WINDOW_BITS), BITS, WINDOW_BITS)
     elif DIMENSION == 1:
         even = tl.load(table + (bits_in_arc(words, 2 * PAIR * BITS, BITS) & ((1 << BITS) - 1)))
         odd = tl.load(table + (bits_in_arc(words, (2 * PAIR + 1) * BITS, BITS) & ((1 << BITS) - 1)))
@@ -64,7 +64,7 @@ def decode_in_arc(words, table, PAIR: tl.constexpr, BITS: tl.constexpr, WINDOW_B
 def decode_anywhere(codes, table, block, pair, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
     """The same for any pairs of any blocks: tensors of the shape of `block` and `pair`."""
     if WINDOW_BITS > 0:
-        even, odd = decode_window(_field(codes, block, pair, BITS, WINDOW_BITS, DIMENSION), WINDOW_BITS)
+        even, odd = decode_window(_field(codes, block, pair, BITS, WINDOW_BITS, DIMENSION), BITS, WINDOW_BITS)
     elif DIMENSION == 1:
         even = tl.load(table + _field(codes, block, 2 * pair, BITS, BITS, DIMENSION))
         odd = tl.load(table + _field(codes, block, 2 * pair + 1, BITS, BITS, DIMENSION))

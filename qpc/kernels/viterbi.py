@@ -15,7 +15,7 @@ from torch import Tensor
 from qpc.errors import KernelError
 from qpc.kernels.computed_code import decode_product
 from qpc.quant.bitstring import pack
-from qpc.quant.codebook import shifted_multiplier
+from qpc.quant.codebook import long_tails, shifted_multiplier
 from qpc.quant.neighbours import Neighbours, neighbours
 from qpc.quant.viterbi import joint_reach
 
@@ -29,12 +29,12 @@ SCRATCH_BYTES = 8 << 30
 @triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "multiplier", "free"])
 def _walk_kernel(
     values, cells, table, history, joint, ring_steps, first, steps, step_bits, multiplier, free,
-    SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr,
+    SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr, LONG_TAILS: tl.constexpr,
 ):  # fmt: skip
     """Walk each ring from step `first` on, and keep the winning symbols in `history`, uint16 [rings, steps, suffixes].
 
     free: if not 0, all suffixes are open at the start, and the cheapest at the end is left in `joint`; else only the suffix `joint` is
-    open. The rate is no constant, so that one compiled kernel serves every rate of an effort.
+    open. The rate is no constant, so that two compiled kernels serve all rates of an effort.
     """
     suffixes: tl.constexpr = 1 << SUFFIX_BITS
     ring = tl.program_id(0).to(tl.int64)
@@ -49,8 +49,8 @@ def _walk_kernel(
         for slot in tl.static_range(SLOTS):
             window = high | tl.load(listed + slot * suffixes).to(tl.uint32)
             before = tl.gather(costs, (window & (suffixes - 1)).to(tl.int32), 0)
-            even, odd = decode_product((window * multiplier.to(tl.uint32, bitcast=True)).to(tl.uint32))
-            across, along = even.to(tl.float32) - x_0, odd.to(tl.float32) - x_1
+            even, odd = decode_product((window * multiplier.to(tl.uint32, bitcast=True)).to(tl.uint32), LONG_TAILS)
+            across, along = even - x_0, odd - x_1
             cost = tl.fma(along, along, tl.fma(across, across, before))
             marked = (cost.to(tl.int32, bitcast=True) & -SLOTS) | slot
             best = tl.minimum(best, marked.to(tl.float32, bitcast=True))
@@ -125,6 +125,6 @@ def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, 
     for free, first, count, last in ((1, steps - reach, 2 * reach, reach), (0, 0, steps, 0)):
         _walk_kernel[(rings,)](
             values, cells, listed.symbols, history, joint, steps, first, count, step_bits, multiplier, free,
-            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, num_warps=walk_warps(suffix_bits),
+            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, LONG_TAILS=long_tails(step_bits), num_warps=walk_warps(suffix_bits),
         )  # fmt: skip
         _trace_kernel[(rings,)](history, joint, symbols, steps, count, last, step_bits, 1 << suffix_bits, free, num_warps=1)

@@ -64,7 +64,7 @@ class Neighbours:
 def neighbours(step_bits: int, window_bits: int, device: torch.device) -> Neighbours:
     """The table of the computed code, made once on each device."""
     with torch.inference_mode(False):
-        return nearest(codebook(window_bits).to(device), step_bits)
+        return nearest(codebook(step_bits, window_bits).to(device), step_bits)
 
 
 def nearest(points: Tensor, step_bits: int) -> Neighbours:

@@ -22,7 +22,7 @@ def decode_rows(part: UniformQuantizer, codes: Tensor, rows: Tensor) -> Tensor:
         case TrellisQuantizer(step_bits=step_bits, window_bits=window_bits):
             steps = _places(rows.device)[within, ::2] // 2  # a step holds a column and the next
             windows = _windows(codes, blocks, steps * step_bits, window_bits)
-            return (decode_windows(windows, window_bits) * part.unit).flatten(1)
+            return (decode_windows(windows, step_bits, window_bits) * part.unit).flatten(1)
         case ScalarQuantizer(bits=bits):
             indices = _windows(codes, blocks, _places(rows.device)[within] * bits, bits)
             return levels(bits).to(codes.device)[indices].flatten(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qpc.errors import QuantizerError
 from qpc.quant.bitstring import ring_windows
-from qpc.quant.codebook import CODE_DEVIATION, decode_windows
+from qpc.quant.codebook import code_deviation, decode_windows
 from qpc.quant.distortion import trellis_distortion
 from qpc.quant.layout import BLOCK_WEIGHTS, from_blocks, to_blocks
 from qpc.quant.quantizer import RingEncoder, UniformQuantizer
@@ -26,7 +26,7 @@ MIN_STEP_BITS, MAX_STEP_BITS = 2, 12
 MIN_SUFFIX_BITS, MAX_SUFFIX_BITS = 6, 16
 MAX_WINDOW_BITS = 24
 
-SPREAD = (1.06, 1.034, 0.996, 0.964, 0.952, 0.933, 0.913, 0.891, 0.867, 0.85, 0.83)
+SPREAD = (1.06, 1.034, 0.996, 0.964, 0.952, 0.954, 0.947, 0.945, 0.923, 0.901, 0.895)
 """Standard deviation of the weights over that of the code, by step bits: measured to give the least distortion.
 
 The higher the rate, the more the tails count, which the code does not have of itself. The optimum is flat.
@@ -70,7 +70,7 @@ class TrellisQuantizer(UniformQuantizer):
     @property
     def unit(self) -> float:
         """What a code value is multiplied by, for weights of unit variance."""
-        return 1 / (CODE_DEVIATION * SPREAD[self.step_bits - MIN_STEP_BITS])
+        return 1 / (code_deviation(self.step_bits) * SPREAD[self.step_bits - MIN_STEP_BITS])
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
         blocks = to_blocks(unit)
@@ -79,5 +79,5 @@ class TrellisQuantizer(UniformQuantizer):
         return words.reshape(*blocks.shape[:2], self.block_words)
 
     def decode(self, codes: Tensor) -> Tensor:
-        values = decode_windows(ring_windows(codes, self.step_bits, self.window_bits), self.window_bits) * self.unit
+        values = decode_windows(ring_windows(codes, self.step_bits, self.window_bits), self.step_bits, self.window_bits) * self.unit
         return from_blocks(values.flatten(-2))

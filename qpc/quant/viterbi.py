@@ -89,7 +89,7 @@ class _Table:
 
 @cache
 def _table(step_bits: int, window_bits: int) -> _Table:
-    return _Table.of(neighbours(step_bits, window_bits, torch.device("cpu")), codebook(window_bits), step_bits)
+    return _Table.of(neighbours(step_bits, window_bits, torch.device("cpu")), codebook(step_bits, window_bits), step_bits)
 
 
 def _search(values: Tensor, table: _Table, step_bits: int, window_bits: int) -> NDArray[np.uint16]:

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from qpc.kernels import gpu, hadamard, launch, reference, viterbi
-from qpc.quant.codebook import CODE_DEVIATION
+from qpc.quant.codebook import code_deviation
 from qpc.quant.rotation import Rotation
 from qpc.quant.viterbi import encode_rings as cpu_encoder
 from tests.kernels import ring_oracle
@@ -148,7 +148,7 @@ def _check_rotation(features: int, block: int, dtype: torch.dtype, device: str) 
 
 def _check_encoder(rings: int, steps: int, step_bits: int, window_bits: int, device: str) -> None:
     """Against the CPU encoder, which tries the same windows."""
-    values = CODE_DEVIATION * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
+    values = code_deviation(step_bits) * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
     words = viterbi.encode_rings(values.to(device), step_bits, window_bits).cpu()
     assert words.dtype == torch.int32 and words.shape == (rings, steps * step_bits // 32)
     best = cpu_encoder(values, step_bits, window_bits)

@@ -27,12 +27,12 @@ def search(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
 
 def squared_error(values: Tensor, words: Tensor, step_bits: int, window_bits: int) -> Tensor:
     """Squared error of each ring, float64 [rings]."""
-    made = decode_windows(ring_windows(words, step_bits, window_bits), window_bits)
+    made = decode_windows(ring_windows(words, step_bits, window_bits), step_bits, window_bits)
     return (made.double() - values.double()).square().sum(dim=(1, 2))
 
 
-def _costs(x: Tensor, before: Tensor, window_bits: int) -> Tensor:
-    points = codebook(window_bits)
+def _costs(x: Tensor, before: Tensor, step_bits: int, window_bits: int) -> Tensor:
+    points = codebook(step_bits, window_bits)
     source = torch.arange(1 << window_bits) % before.shape[1]
     return before[:, source] + points.square().sum(dim=1) - 2 * (x @ points.T)
 
@@ -40,7 +40,7 @@ def _costs(x: Tensor, before: Tensor, window_bits: int) -> Tensor:
 def _forward(values: Tensor, start: Tensor, step_bits: int, window_bits: int) -> list[Tensor]:
     history = [start]
     for step in range(values.shape[1]):
-        costs = _costs(values[:, step], history[-1], window_bits).reshape(len(values), -1, 1 << step_bits)
+        costs = _costs(values[:, step], history[-1], step_bits, window_bits).reshape(len(values), -1, 1 << step_bits)
         history.append(costs.amin(dim=2).clamp_max(FAR) + values[:, step].square().sum(dim=1, keepdim=True))
     return history
 
@@ -48,7 +48,7 @@ def _forward(values: Tensor, start: Tensor, step_bits: int, window_bits: int) ->
 def _trace(values: Tensor, history: list[Tensor], suffix: Tensor, last: int, step_bits: int, window_bits: int) -> tuple[Tensor, Tensor]:
     symbols = []
     for step in reversed(range(last, values.shape[1])):
-        costs = _costs(values[:, step], history[step], window_bits).reshape(len(values), -1, 1 << step_bits)
+        costs = _costs(values[:, step], history[step], step_bits, window_bits).reshape(len(values), -1, 1 << step_bits)
         symbols.append(costs[torch.arange(len(values)), suffix].argmin(dim=1))
         suffix = ((suffix << step_bits) + symbols[-1]) % history[0].shape[1]
     return suffix, torch.stack(symbols[::-1], dim=1)

@@ -60,8 +60,8 @@ def rotation(base: int, power: int, members: int, warps: int) -> Case:
     return f"rotation {base} x {power}", hadamard._rotate_kernel, types, constants, warps
 
 
-def walk(suffix_bits: int, slots: int) -> Case:
-    constants = {"SUFFIX_BITS": suffix_bits, "SLOTS": slots}
+def walk(suffix_bits: int, slots: int, long_tails: bool) -> Case:
+    constants = {"SUFFIX_BITS": suffix_bits, "SLOTS": slots, "LONG_TAILS": long_tails}
     return f"walk of 2^{suffix_bits} suffixes, {slots} slots", viterbi._walk_kernel, WALK, constants, viterbi.walk_warps(suffix_bits)
 
 
@@ -79,7 +79,7 @@ KERNELS: list[Case] = [
     *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
-    *(walk(*each) for each in ((9, 8), (13, 4), (13, 8))),
+    *(walk(*each) for each in ((9, 8, True), (13, 4, False), (13, 8, True))),
     TRACE,
 ]
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from qpc.quant.bitstring import pack, ring_windows
-from qpc.quant.codebook import CODE_DEVIATION
+from qpc.quant.codebook import code_deviation
 from qpc.quant.viterbi import encode_rings
 from tests.kernels import ring_oracle
 
 
 def targets(rings: int, steps: int) -> torch.Tensor:
-    return CODE_DEVIATION * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
+    return code_deviation(4) * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("steps", "step_bits", "window_bits"), [(32, 3, 10), (64, 2, 6), (32, 3, 4), (96, 1, 9)])

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from qpc.errors import QuantizerError
 from qpc.quant.bitstring import ring_windows
-from qpc.quant.codebook import CODE_DEVIATION, codebook
+from qpc.quant.codebook import code_deviation, codebook
 from qpc.quant.viterbi import encode_rings, search_rings
 
 pytest.importorskip("numba", reason="the CPU encoder is compiled by numba")
@@ -65,12 +65,12 @@ def test_second_pass_is_optimal_between_its_ends() -> None:
 def test_a_codeword_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(-(1 << 31), 1 << 31, (40, 16), generator=generator).to(torch.int32)
-    values = codebook(12)[ring_windows(words, 4, 12)]
+    values = codebook(4, 12)[ring_windows(words, 4, 12)]
     assert torch.equal(encode_rings(values, 4, 12), words)
 
 
 def test_result_depends_on_neither_threads_nor_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = CODE_DEVIATION * torch.randn(70, 128, 2, generator=torch.Generator().manual_seed(1))
+    values = code_deviation(3) * torch.randn(70, 128, 2, generator=torch.Generator().manual_seed(1))
     monkeypatch.setenv("QPC_THREADS", "1")
     single = encode_rings(values, 3, 12)
     monkeypatch.setenv("QPC_THREADS", "3")
