@@ -16,9 +16,8 @@ import torch
 from benchmarks.rows import write_rows
 from qpc.kernels.encoder import encoder_for
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
-from qpc.quant.palette import Effort, trellis_at
+from qpc.quant.palette import Effort, Family, trellis_at
 from qpc.quant.quantizer import Quantizer
-from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import MAX_STEP_BITS, MAX_WINDOW_BITS, MIN_STEP_BITS, TrellisQuantizer
 
 PAPER_MSE = {
@@ -58,7 +57,7 @@ def main(arguments: list[str]) -> None:
         row = {"quantizer": name, "preset": preset, "rate": float(quantizer.rate), "mse": mse, "gap_db": gap_db(quantizer, mse)}
         print(f"{quantizer!s:22} {preset:8} mse {mse:.6f}  gap {row['gap_db']:.3f} dB", flush=True)
         rows.append(row)
-    write_rows(options.json, "distortion", rows)
+        write_rows(options.json, "distortion", rows)
     if options.plot is not None:
         from benchmarks.plot_distortion import draw
 
@@ -70,8 +69,9 @@ def quantizers(efforts: list[Effort]) -> Iterator[tuple[str, str, Quantizer]]:
     for effort in efforts:
         for quarters in range(4, 25):
             yield "trellis", str(effort), trellis_at(Fraction(quarters, 4), effort)
-    for bits in range(1, 9):
-        yield "scalar", "", ScalarQuantizer(bits)
+    for family in (Family.SCALAR, Family.PAIRS, Family.QUADRUPLES):
+        for quantizer in family.ladder():
+            yield family.value, "", quantizer
 
 
 def paper_rows() -> Iterator[dict[str, Any]]:
