@@ -16,11 +16,17 @@ from qpc.kernels.encoder import encoder_for
 from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
 from qpc.progress import Progress, silent, track
-from qpc.quant.feedback import Feedback, share_left
+from qpc.quant.feedback import Feedback
 from qpc.quant.hadamard import block_within
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation, seeded_generator
 from qpc.quant.stacking import quantize_stacked
+
+WAITING_BYTES = 6 << 30
+"""Weights of several inputs wait for each other until they need about so much memory."""
+
+WORK_BYTES = 16
+"""Bytes for each weight that is being packed."""
 
 GAUSSIAN_KURTOSIS = 1.0
 """Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
@@ -33,7 +39,8 @@ class Quantize(Pass):
     seed: of the signs. The signs of a site depend on the seed and on the name of the first site that shares them, on nothing else.
     rotation_block: most inputs that a rotation may mix, as `block_within` has it; None rotates as many as there is a matrix for.
     samples: inputs on which the second moments for error feedback are taken; None: each weight is rounded on its own.
-    sequential: take each moment behind the layers that are already quantized, instead of all from the original model.
+    sequential: take each moment behind the layers that are already quantized, instead of all from the original model. Then only the
+        linears of one input can be rounded together; else those of many layers are, which keeps a GPU busy.
     """
 
     name: ClassVar[str] = "quantize"
@@ -43,7 +50,7 @@ class Quantize(Pass):
     rotation_block: int | None = None
     progress: Progress = silent
     samples: Samples | None = None
-    sequential: bool = True
+    sequential: bool = False
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
@@ -66,9 +73,10 @@ class Quantize(Pass):
                 yield self.declined(name, reason)
 
     def _in_turn(self, program: Program, nodes: list[fx.Node], stream: MomentStream | None) -> Iterator[None]:
-        """Pack the weights that read one input, then those of the next; yields once for each."""
+        """Pack all weights, in the order of their inputs; yields once for each."""
         signs = sign_owners(nodes)
         rotations: dict[str, Rotation] = {}
+        waiting: list[_Job] = []
         for weights in by_input(program, nodes, signs):
             site = site_of(weights[0][0])
             owner = signs[site.name]
@@ -77,16 +85,40 @@ class Quantize(Pass):
                 drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
                 rotations[owner] = drawn.to(program.tensor(site.weight).device)
             rotation = rotations[owner]
-            feedback, moment = None, None
-            if stream is not None:
-                known = stream.moment(weights[0]).rotated(rotation)
-                feedback, moment = Feedback.of(known), known.matrix
-            for alike in by_quantizer(weights):
-                made = _pack(program, alike, rotation, feedback, moment)
-                if stream is not None:
-                    for sharing, weight in zip(alike, made, strict=True):
-                        stream.replace(dict.fromkeys(sharing, rotation.invert(weight)))
-                yield from (None for _ in alike)
+            feedback = None if stream is None else Feedback.of(stream.moment(weights[0]).rotated(rotation))
+            waiting += [_Job(tuple(sharing), rotation, feedback) for sharing in weights]
+            if (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
+                yield from self._flush(program, waiting, stream)
+                waiting = []
+        yield from self._flush(program, waiting, stream)
+
+    def _flush(self, program: Program, waiting: list["_Job"], stream: MomentStream | None) -> Iterator[None]:
+        """Pack what waits: weights of one quantizer and width together."""
+        alike: dict[tuple[Quantizer | None, int], list[_Job]] = {}
+        for job in waiting:
+            first = job.sites[0]
+            alike.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
+        for jobs in alike.values():
+            made = _pack(program, jobs)
+            if stream is not None and self.sequential:
+                for job, weight in zip(jobs, made, strict=True):
+                    stream.replace(dict.fromkeys(job.sites, job.rotation.invert(weight)))
+            yield from (None for _ in jobs)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A weight to pack: the nodes that apply it, the rotation of their input, and the feedback for it."""
+
+    sites: tuple[fx.Node, ...]
+    rotation: Rotation
+    feedback: Feedback | None
+
+
+def _weighs(program: Program, waiting: list[_Job]) -> int:
+    """Bytes that waiting jobs hold, or will while they are packed."""
+    held = {id(job.feedback): job.feedback.nbytes for job in waiting if job.feedback is not None}
+    return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
 
 
 def site_of(node: fx.Node) -> LinearSite:
@@ -125,34 +157,24 @@ def by_input(program: Program, nodes: Iterable[fx.Node], signs: Mapping[str, str
     return list(stages.values())
 
 
-def by_quantizer(weights: Iterable[list[fx.Node]]) -> list[list[list[fx.Node]]]:
-    """Weights (each the list of its sites) of one quantizer together, in order of the first."""
-    alike: dict[Quantizer | None, list[list[fx.Node]]] = {}
-    for sharing in weights:
-        alike.setdefault(annotation(sharing[0]).quantizer, []).append(sharing)
-    return list(alike.values())
-
-
-def _pack(
-    program: Program, alike: list[list[fx.Node]], rotation: Rotation, feedback: Feedback | None, moment: Tensor | None
-) -> list[Tensor]:
-    """Quantize weights of one input and one quantizer, and record them: each as it is now, rotated float32 [out_features, in_features]."""
-    quantizer = annotation(alike[0][0]).quantizer
+def _pack(program: Program, jobs: list[_Job]) -> list[Tensor]:
+    """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
+    quantizer = annotation(jobs[0].sites[0]).quantizer
     assert quantizer is not None
-    weights = [weight_matrix(program, site_of(sharing[0])) for sharing in alike]
-    rotated = [rotation.apply(weight) for weight in weights]
-    found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), feedback)
+    weights = [weight_matrix(program, site_of(job.sites[0])) for job in jobs]
+    rotated = [job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
+    found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), [job.feedback for job in jobs])
     made = []
-    for sharing, weight, before, packed in zip(alike, weights, rotated, found, strict=True):
-        packed = replace(packed, rotation=rotation)
+    for job, weight, before, packed in zip(jobs, weights, rotated, found, strict=True):
+        packed = replace(packed, rotation=job.rotation)
         made.append(packed.rotated())
         facts = {
             "distortion": relative_error(before, made[-1]),
             "weight_bytes": packed.nbytes,
             "kurtosis": (excess_kurtosis(weight), excess_kurtosis(before)),
-            "remaining": None if moment is None else share_left(before, made[-1], moment, quantizer.distortion),
+            "remaining": None if job.feedback is None else job.feedback.share_left(before, made[-1], quantizer.distortion),
         }
-        for node in sharing:
+        for node in job.sites:
             program.packed[site_of(node).name] = packed
             annotate(node, annotation(node).but(**facts))
     return made

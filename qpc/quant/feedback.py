@@ -12,7 +12,7 @@ Damping, H + d mean(diag H) I, is chosen by what would be left on samples that H
 is tr(U^-1 H' U^-T) / tr(H') with U the unit lower triangular matrix of the blocks B and H' the moment of those samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +40,13 @@ class Feedback:
     """How the error of each block of columns is carried into those before it.
 
     carry: float32 [columns, columns], columns a multiple of 16: B below the diagonal blocks, zero elsewhere.
-    metric: float32 [in_features, in_features], the damped moment.
+    moment: float32 [in_features, in_features], before damping.
     damping: relative to the mean of the moment's diagonal.
     expected_share: the error that is left of white rounding errors, over the error without feedback; on held-out samples if there were any.
     """
 
     carry: Tensor
-    metric: Tensor
+    moment: Tensor
     damping: float
     expected_share: float
 
@@ -76,30 +76,68 @@ class Feedback:
                 best = other
         return best
 
+    def weighted(self, rows: Tensor) -> Tensor:
+        """`rows` [rows, in_features] times the damped moment: float32."""
+        return torch.addmm(rows, rows, self.moment, beta=self.damping * float(self.moment.diagonal().mean()))
+
+    def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
+        """tr(E H E^T), E = weight - made, over what rounding without feedback is expected to leave: distortion * |W|^2 * mean diag H.
+
+        weight, made: float32 [out_features, in_features]. distortion: of the quantizer. 1 if there is nothing to lose.
+        """
+        error = weight - made
+        left = float((error @ self.moment * error).sum(dtype=torch.float64))
+        energy = float(weight.square().sum(dtype=torch.float64)) * float(self.moment.diagonal().mean(dtype=torch.float64))
+        return left / (distortion * energy) if energy > 0 else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.carry.nbytes + self.moment.nbytes
+
+
+@dataclass(frozen=True)
+class RowFeedback:
+    """The feedback of each of several weights whose rows are stacked, so that they are rounded together.
+
+    parts: rows of each, a multiple of 64 but for the last, and its feedback; all of one width.
+    """
+
+    parts: tuple[tuple[int, Feedback], ...]
+
+    def of_rows(self, rows: slice) -> "RowFeedback":
+        """The feedback of some of the rows."""
+        kept, start = [], 0
+        for height, feedback in self.parts:
+            overlap = min(start + height, rows.stop) - max(start, rows.start)
+            if overlap > 0:
+                kept.append((overlap, feedback))
+            start += height
+        return RowFeedback(tuple(kept))
+
     def round(self, unit: Tensor, round_block: RoundBlock) -> Tensor:
         """Round a matrix [rows, columns] block by block from the last to the first, each towards its own values plus the carried error."""
         made, error = torch.empty_like(unit), torch.zeros_like(unit)
         for index in reversed(range(unit.shape[1] // BLOCK_COLUMNS)):
             here, later = slice(index * BLOCK_COLUMNS, (index + 1) * BLOCK_COLUMNS), slice((index + 1) * BLOCK_COLUMNS, None)
-            target = torch.addmm(unit[:, here], error[:, later], self.carry[later, here])
+            target = unit[:, here].clone()
+            for rows, feedback in self._stacked(len(unit)):
+                target[rows].addmm_(error[rows, later], feedback.carry[later, here])
             made[:, here] = round_block(index, target)
             error[:, here] = unit[:, here] - made[:, here]
         return made
 
-    def weighted(self, rows: Tensor) -> Tensor:
-        """`rows @ metric`: float32 [rows, in_features]."""
-        return rows @ self.metric
+    def weighted(self, matrix: Tensor) -> Tensor:
+        """Each row times the damped moment of its weight: float32 [rows, in_features]."""
+        return torch.cat([feedback.weighted(matrix[rows]) for rows, feedback in self._stacked(len(matrix))])
 
-
-def share_left(weight: Tensor, made: Tensor, moment: Tensor, distortion: float) -> float:
-    """tr(E H E^T), E = weight - made, over what rounding without feedback is expected to leave, distortion * |W|^2 * mean diag H.
-
-    weight, made: [out_features, in_features]. moment: H, [in_features, in_features]. distortion: of the quantizer. 1 if nothing can be lost.
-    """
-    error = weight - made
-    left = float((error @ moment.to(error.dtype) * error).sum(dtype=torch.float64))
-    expected = distortion * float(weight.square().sum(dtype=torch.float64)) * float(moment.diagonal().mean(dtype=torch.float64))
-    return left / expected if expected > 0 else 1.0
+    def _stacked(self, total: int) -> Iterator[tuple[slice, Feedback]]:
+        """The rows of each part; those that pad the matrix go with the last."""
+        start = 0
+        for number, (height, feedback) in enumerate(self.parts, start=1):
+            stop = total if number == len(self.parts) else start + height
+            yield slice(start, stop), feedback
+            start = stop
 
 
 def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
@@ -120,4 +158,4 @@ def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
     unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
     inverse = torch.linalg.solve_triangular(unit, eye, upper=False)[:features, :features]
     share = float((inverse @ judge * inverse).sum() / judge.diagonal().sum())
-    return Feedback((unit - eye).float(), damped.float(), damping, share)
+    return Feedback((unit - eye).float(), moment.float(), damping, share)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
-from qpc.quant.feedback import Feedback
+from qpc.quant.feedback import RowFeedback
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS, column_blocks, row_blocks
 from qpc.quant.rotation import Rotation
 
 SLAB_WEIGHTS = 1 << 23
-"""Weights that are quantized or decoded at a time."""
+"""Weights that are quantized or decoded at a time on a CPU."""
+
+GPU_SLAB_WEIGHTS = 1 << 25
+"""The same on a GPU, which wants more rings at once."""
 
 RingEncoder = Callable[[Tensor, int, int], Tensor]
 """`encoder(values [rings, steps, 2] float32, step_bits, window_bits) -> words [rings, steps * step_bits / 32] int32`."""
@@ -98,7 +101,7 @@ class Quantizer(ABC):
         codes = sum(rows * columns * part.block_words * 4 for part, columns in self.parts(in_features))
         return codes + rows * BLOCK_ROWS * 2 + Rotation.bytes_for(in_features)
 
-    def quantize(self, weight: Tensor, encoder: RingEncoder | None = None, feedback: Feedback | None = None) -> PackedWeight:
+    def quantize(self, weight: Tensor, encoder: RingEncoder | None = None, feedback: RowFeedback | None = None) -> PackedWeight:
         """Quantize a rotated weight.
 
         weight: [out_features, in_features], any float dtype; finite. Rows of zeros are allowed.
@@ -112,7 +115,9 @@ class Quantizer(ABC):
         if not bool(weight.isfinite().all()):
             raise QuantizerError("a weight must be finite, got NaN or infinity")
         out_features, in_features = weight.shape
-        made = [self._quantize_rows(weight[rows], encoder, feedback) for rows in _slabs(out_features, in_features)]
+        made = []
+        for rows in _slabs(out_features, in_features, weight.device):
+            made.append(self._quantize_rows(weight[rows], encoder, None if feedback is None else feedback.of_rows(rows)))
         codes = tuple(torch.cat(part) for part in zip(*(codes for codes, _ in made), strict=True))
         return PackedWeight(out_features, in_features, self, codes, torch.cat([scales for _, scales in made]))
 
@@ -120,14 +125,14 @@ class Quantizer(ABC):
         """Decode: float32 [out_features, in_features], in the rotated basis."""
         parts = self.parts(packed.in_features)
         out = torch.empty(packed.out_features, packed.in_features, device=packed.scales.device)
-        for rows in _slabs(packed.out_features, packed.in_features):
+        for rows in _slabs(packed.out_features, packed.in_features, out.device):
             blocks = slice(rows.start // BLOCK_ROWS, row_blocks(rows.stop))
             unit = torch.cat([part.decode(codes[blocks]) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
             height = rows.stop - rows.start
             out[rows] = unit[:height, : packed.in_features] * packed.scales[rows, None].float()
         return out
 
-    def _quantize_rows(self, weight: Tensor, encoder: RingEncoder | None, feedback: Feedback | None) -> tuple[list[Tensor], Tensor]:
+    def _quantize_rows(self, weight: Tensor, encoder: RingEncoder | None, feedback: RowFeedback | None) -> tuple[list[Tensor], Tensor]:
         """Codes of each part and scales of some rows."""
         height, in_features = weight.shape
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -152,7 +157,7 @@ class Quantizer(ABC):
             start += width
         return codes, torch.cat(made, dim=1)
 
-    def _round_with_feedback(self, unit: Tensor, encoder: RingEncoder | None, feedback: Feedback) -> tuple[list[Tensor], Tensor]:
+    def _round_with_feedback(self, unit: Tensor, encoder: RingEncoder | None, feedback: RowFeedback) -> tuple[list[Tensor], Tensor]:
         """The same, block column by block column from the last to the first."""
         parts = [part for part, width in self.parts(unit.shape[1]) for _ in range(width)]
         codes: dict[int, Tensor] = {}
@@ -169,7 +174,7 @@ class Quantizer(ABC):
         return joined, made
 
 
-def _best_scales(unit: Tensor, made: Tensor, feedback: Feedback | None) -> Tensor:
+def _best_scales(unit: Tensor, made: Tensor, feedback: RowFeedback | None) -> Tensor:
     """The scale of each row that fits `made` to `unit` best, in the metric of the inputs if it is known: float64 [rows]."""
     seen = made if feedback is None else feedback.weighted(made)
     energy = (made * seen).sum(dim=1, dtype=torch.float64)
@@ -177,9 +182,10 @@ def _best_scales(unit: Tensor, made: Tensor, feedback: Feedback | None) -> Tenso
     return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
 
 
-def _slabs(out_features: int, in_features: int) -> Iterator[slice]:
+def _slabs(out_features: int, in_features: int, device: torch.device) -> Iterator[slice]:
     """Whole block rows of at most about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries."""
-    height = max(1, SLAB_WEIGHTS // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
+    most = SLAB_WEIGHTS if device.type == "cpu" else GPU_SLAB_WEIGHTS
+    height = max(1, most // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
     for start in range(0, out_features, height):
         yield slice(start, min(start + height, out_features))
 

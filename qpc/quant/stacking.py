@@ -7,17 +7,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qpc.quant.feedback import Feedback
+from qpc.quant.feedback import Feedback, RowFeedback
 from qpc.quant.layout import BLOCK_ROWS, row_blocks
 from qpc.quant.quantizer import PackedWeight, Quantizer, RingEncoder
 
 
 def quantize_stacked(
-    quantizer: Quantizer, weights: Sequence[Tensor], encoder: RingEncoder | None = None, feedback: Feedback | None = None
+    quantizer: Quantizer, weights: Sequence[Tensor], encoder: RingEncoder | None = None, feedbacks: Sequence[Feedback | None] | None = None
 ) -> list[PackedWeight]:
-    """Quantize rotated weights [out_features_i, in_features] of one input by one quantizer: as `Quantizer.quantize`, one by one."""
+    """Quantize rotated weights [out_features_i, in_features] by one quantizer: as `Quantizer.quantize`, one by one.
+
+    feedbacks: of each weight, for all or for none.
+    """
     padded = [functional.pad(weight, (0, 0, 0, -len(weight) % BLOCK_ROWS)) for weight in weights]
-    whole = quantizer.quantize(torch.cat(padded) if len(padded) > 1 else weights[0], encoder, feedback)
+    feedback = None
+    if feedbacks is not None and feedbacks[0] is not None:
+        feedback = RowFeedback(tuple((len(rows), each) for rows, each in zip(padded, feedbacks, strict=True) if each is not None))
+        assert len(feedback.parts) == len(weights), "feedback for all or for none"
+    whole = quantizer.quantize(torch.cat(padded), encoder, feedback)
     made, start = [], 0
     for weight in weights:
         stop = start + row_blocks(len(weight))
