@@ -111,6 +111,9 @@ def _weight_cases(
     for dtype in sizes.dtypes:
         name = f"{family} {shape[0]}x{shape[1]} bits {bits} and {suffix_bits} {dtype}"
         yield f"{name} dequantize", partial(_check_dequantize, weight, dtype)
+    yield f"{family} {shape[0]}x{shape[1]} bits {bits} and {suffix_bits} bit for bit", partial(_check_bits, weight)
+    for dtype in sizes.dtypes:
+        name = f"{family} {shape[0]}x{shape[1]} bits {bits} and {suffix_bits} {dtype}"
         for batch in sizes.batches:
             yield f"{name} batch {batch}", partial(_check_linear, weight, dtype, batch)
 
@@ -137,6 +140,18 @@ def _check_dequantize(make: Callable[..., Packed], dtype: torch.dtype, device: s
     with poisoned():
         actual = gpu.dequantize(*arguments)
     assert_close(actual, reference.dequantize(*arguments))
+
+
+def _check_bits(make: Callable[..., Packed], device: str) -> None:
+    """Every code decodes to the same number, by the kernel and by PyTorch, here and on the CPU."""
+    weight, here = make(device=device), make()
+    ones = torch.ones_like(weight.scales)
+    made = gpu.dequantize(weight.codes, ones, weight.quantizers, weight.out_features, weight.in_features, torch.float32).cpu()
+    for decoded in (
+        torch.cat([part.decode(codes).cpu() for part, codes in zip(weight.quantizers, weight.codes, strict=True)], dim=1),
+        torch.cat([part.decode(codes) for part, codes in zip(here.quantizers, here.codes, strict=True)], dim=1),
+    ):
+        assert torch.equal(made, decoded[: weight.out_features, : weight.in_features])
 
 
 def _check_rotation(features: int, block: int, dtype: torch.dtype, device: str) -> None:
