@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.rows import machine, write_rows
 from qpc.kernels.encoder import encoder_for
-from qpc.quant.feedback import Feedback
+from qpc.quant.feedback import Feedback, RowFeedback
 from qpc.quant.moment import Moment
 from qpc.quant.palette import Effort
 from qpc.quant.trellis import TrellisQuantizer
@@ -62,7 +62,7 @@ def weights_per_s(quantizer: TrellisQuantizer, device: torch.device, feedback: b
     carry = None
     if feedback:
         inputs = torch.randn(4 * FEEDBACK_COLUMNS, FEEDBACK_COLUMNS, device=device)
-        carry = Feedback.of(Moment(inputs.T @ inputs, len(inputs)))
+        carry = RowFeedback(((rows, Feedback.of(Moment(inputs.T @ inputs, len(inputs)))),))
 
     def run(columns: int) -> float:
         weight = torch.randn(rows, columns, device=device)
