@@ -1,7 +1,7 @@
 """Search of the tail-biting bitshift trellis on a GPU: the same two passes, windows and costs as `qpc.quant.viterbi`.
 
-One program searches one ring, all its steps in one launch. Its only state between steps is the array m of best costs, one for each suffix of
-L - k bits, which lies in shared memory while the windows of `qpc.quant.neighbours` gather from it. The code of a window is computed, not
+One program searches one ring, all its steps in one launch. Its only state between steps is the array m of best costs, one for each suffix
+of L - k bits, which lies in shared memory while the windows of `qpc.quant.neighbours` gather from it. The code of a window is computed, not
 loaded. The number of the slot that won rides in the lowest bits of a cost, where it costs one instruction and no precision that matters;
 the symbol behind it is kept for each suffix and step, and the traceback follows these. Rings are searched in chunks that bound this memory.
 """

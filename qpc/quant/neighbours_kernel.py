@@ -1,4 +1,4 @@
-"""The table of `neighbours` on a CPU, compiled. The points of a suffix are sorted into the cells; a cell looks around itself in growing squares."""
+"""The table of `neighbours` on a CPU, compiled: the points of a suffix lie sorted by cell, and a cell looks around in growing squares."""
 
 import numpy as np
 from numba import njit

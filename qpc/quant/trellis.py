@@ -23,7 +23,7 @@ STEPS = BLOCK_WEIGHTS // 2
 """Pairs of weights in one ring."""
 
 MIN_STEP_BITS, MAX_STEP_BITS = 2, 12
-MIN_SUFFIX_BITS, MAX_SUFFIX_BITS = 6, 16
+MIN_SUFFIX_BITS, MAX_SUFFIX_BITS = 6, 15
 MAX_WINDOW_BITS = 24
 
 SPREAD = (1.06, 1.034, 0.996, 0.964, 0.952, 0.954, 0.947, 0.945, 0.923, 0.901, 0.895)
@@ -38,7 +38,7 @@ class TrellisQuantizer(UniformQuantizer):
     """One rate of the trellis code.
 
     step_bits: bits per step of two weights, 2 to 12 (1 to 6 bits per weight).
-    window_bits: 6 to 16 more than that, at most 24. Each more is better, and takes twice as long to encode.
+    window_bits: 6 to 15 more than that, at most 24. Each more is better, and takes twice as long to encode.
     """
 
     family: ClassVar[str] = "trellis"
