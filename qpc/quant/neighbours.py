@@ -1,9 +1,10 @@
 """Which windows a search of the trellis must try: the code points of each suffix that lie nearest to a target.
 
 A window s of L bits is a suffix u = s >> k and a symbol r, its low k bits. Of the 2^k windows that end in one suffix only those near the
-target can lie on the best walk, since a far one costs more at once than any state of the trellis is worth. So the plane of targets is cut into cells, about two for each window of a suffix, and for each cell and suffix the `SLOTS` windows nearest to the centre
-of the cell are listed once. The search then does 2^(L-k) * SLOTS steps of work instead of 2^L: with 8 slots nothing is lost that could be
-measured (`benchmarks/results/nvidia-h100/NOTES.md`), at 4 bits per weight it is 32 times faster, and windows can be as long as L = 24.
+target can lie on the best walk, since a far one costs more at once than any state of the trellis is worth. So the plane of targets is cut
+into cells, about two for each window of a suffix, and for each cell and suffix the `SLOTS` windows nearest to the centre of the cell are
+listed once. The search then does 2^(L-k) * SLOTS steps of work instead of 2^L: with 8 slots nothing is lost that could be measured
+(`benchmarks/results/nvidia-h100/NOTES.md`), at 4 bits per weight it is 32 times faster, and windows can be as long as L = 24.
 """
 
 from concurrent.futures import ThreadPoolExecutor

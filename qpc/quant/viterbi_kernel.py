@@ -159,8 +159,9 @@ def search_ring(
     """Both passes over one ring.
 
     values: float32 [steps, 2]; cells: int32 [steps]; symbols: uint16 [cells, slots, suffixes]; points: int16 [2, cells, slots, suffixes],
-    the code values of the listed windows, in the unit of the values. costs: float32 [2, suffixes]; history: uint16 [steps, suffixes]; both
-    are workspace. found: uint16 [steps], filled with the low bits of each window. reach: steps of the first pass on either side of the joint.
+    the code values of the listed windows, in the unit of the values. costs: float32 [2, suffixes]; history: uint16 [steps, suffixes];
+    both are workspace. found: uint16 [steps], filled with the low bits of each window. reach: steps of the first pass on either side of
+    the joint.
     """
     steps, suffixes = len(values), symbols.shape[2]
     mask = suffixes - 1
