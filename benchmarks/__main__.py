@@ -1,4 +1,7 @@
-"""One runner for all benchmarks: `python -m benchmarks NAME [options]`; `--help` after a name lists its options."""
+"""One runner for all benchmarks: `python -m benchmarks NAME [options]`; `--help` after a name lists its options.
+
+The searches that led to a format stand beside it: `python -m benchmarks.codes`, `python -m benchmarks.studies.ring_order`.
+"""
 
 import sys
 from importlib import import_module
@@ -7,7 +10,6 @@ BENCHMARKS = {
     "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
-    "codes": "the search for the computed code of the trellis",
 }
 
 
