@@ -43,7 +43,7 @@ class Bytes(UniformQuantizer):
 
 PARTS = [
     TrellisQuantizer(bits, window)
-    for bits, windows in {3: (12, 19), 4: (16,), 5: (20,), 7: (13, 16), 12: (18, 20)}.items()
+    for bits, windows in {3: (12, 18), 4: (16,), 5: (20,), 7: (13, 16), 12: (18, 20)}.items()
     for window in windows
 ]
 PARTS += [ScalarQuantizer(bits) for bits in range(1, 9)]
