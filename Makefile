@@ -51,7 +51,7 @@ $(DEMO)/smollm2/DONE: .venv/.demo examples/convert_gguf.py
 	@touch $@
 
 demo: $(DEMO)/smollm2/DONE
-	$(BIN)/python examples/demo.py $(DEMO)/smollm2 --out $(DEMO)/smollm2-4bit --bits 4
+	$(BIN)/python examples/demo.py $(DEMO)/smollm2 --out $(DEMO)/smollm2-4bit --bits 4 --effort fast
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

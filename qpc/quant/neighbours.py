@@ -9,7 +9,7 @@ listed once. The search then does 2^(L-k) * SLOTS steps of work instead of 2^L: 
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Neighbours:
         return (first * (len(self.edges) + 1) + second).int()
 
 
-@cache
+@lru_cache(maxsize=16)
 def neighbours(step_bits: int, window_bits: int, device: torch.device) -> Neighbours:
     """The table of the computed code, made once on each device."""
     with torch.inference_mode(False):

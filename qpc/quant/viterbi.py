@@ -7,7 +7,7 @@ with them. Only the windows of `neighbours` are tried.
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,7 +20,7 @@ from qpc.errors import QuantizerError
 from qpc.quant.bitstring import pack
 from qpc.quant.codebook import codebook
 from qpc.quant.compiled import compiled
-from qpc.quant.neighbours import Neighbours, nearest, neighbours
+from qpc.quant.neighbours import Neighbours, nearest
 from qpc.settings import Settings
 
 JOINT_WINDOWS = 8
@@ -87,9 +87,11 @@ class _Table:
         return _Table(listed, points, scale)
 
 
-@cache
+@lru_cache(maxsize=4)
 def _table(step_bits: int, window_bits: int) -> _Table:
-    return _Table.of(neighbours(step_bits, window_bits, torch.device("cpu")), codebook(step_bits, window_bits), step_bits)
+    """The table of the computed code. Few are kept: they take up to 1 GB, and weights of one quantizer come after each other."""
+    code = codebook(step_bits, window_bits)
+    return _Table.of(nearest(code, step_bits), code, step_bits)
 
 
 def _search(values: Tensor, table: _Table, step_bits: int, window_bits: int) -> NDArray[np.uint16]:
