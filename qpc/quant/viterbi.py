@@ -90,8 +90,9 @@ class _Table:
 @lru_cache(maxsize=4)
 def _table(step_bits: int, window_bits: int) -> _Table:
     """The table of the computed code. Few are kept: they take up to 1 GB, and weights of one quantizer come after each other."""
-    code = codebook(step_bits, window_bits)
-    return _Table.of(nearest(code, step_bits), code, step_bits)
+    with torch.inference_mode(False):
+        code = codebook(step_bits, window_bits)
+        return _Table.of(nearest(code, step_bits), code, step_bits)
 
 
 def _search(values: Tensor, table: _Table, step_bits: int, window_bits: int) -> NDArray[np.uint16]:

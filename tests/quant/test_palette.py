@@ -4,12 +4,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpc.errors import QuantizerError
+from qpc.quant.bitstring import pack, ring_windows
+from qpc.quant.layout import BLOCK_ROWS, row_blocks
 from qpc.quant.mixed import MixedRateQuantizer
-from qpc.quant.palette import Effort, Family, Palette, default_palette, from_json, palette_of, to_json
+from qpc.quant.palette import Effort, Family, Palette, default_palette, from_json, palette_of, to_json, trellis_at
+from qpc.quant.quantizer import PackedWeight
+from qpc.quant.rotation import Rotation
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.quant.vector import VectorQuantizer
@@ -136,3 +141,30 @@ def test_anything_is_a_quantizer_or_an_error(value: object) -> None:
 def test_malformed_forms_are_refused(value: object) -> None:
     with pytest.raises(QuantizerError):
         from_json(value)
+
+
+@given(st.integers(16, 96), st.integers(1, 70), st.integers(1, 400), st.sampled_from(Effort))
+@settings(deadline=None, max_examples=60)
+def test_every_sixteenth_packs_and_unpacks(sixteenths: int, rows: int, columns: int, effort: Effort) -> None:
+    """Any bits are a packed weight of any shape: it decodes to finite values, part by part, in the bytes that were promised."""
+    quantizer = trellis_at(Fraction(sixteenths, 16), effort)
+    assert quantizer.rate == Fraction(sixteenths, 16)
+    assert from_json(json.loads(json.dumps(to_json(quantizer)))) == quantizer
+    generator = torch.Generator().manual_seed(sixteenths)
+    codes, pieces = [], []
+    for part, width in quantizer.parts(columns):
+        assert isinstance(part, TrellisQuantizer)
+        words = torch.randint(-(1 << 31), 1 << 31, (row_blocks(rows), width, part.block_words), generator=generator).to(torch.int32)
+        assert torch.equal(pack(ring_windows(words, part.step_bits, part.step_bits), part.step_bits), words)
+        codes.append(words)
+        pieces.append(part.decode(words))
+    packed = PackedWeight(rows, columns, quantizer, tuple(codes), torch.ones(row_blocks(rows) * BLOCK_ROWS, dtype=torch.bfloat16))
+    assert packed.nbytes + Rotation.bytes_for(columns) == quantizer.weight_bytes(rows, columns)
+    decoded = packed.rotated()
+    assert decoded.isfinite().all() and torch.equal(decoded, torch.cat(pieces, dim=1)[:rows, :columns])
+
+
+@pytest.mark.parametrize("rate", [Fraction(15, 16), Fraction(97, 16)])
+def test_rates_without_a_trellis_are_refused(rate: Fraction) -> None:
+    with pytest.raises(QuantizerError, match="from 1 to 6"):
+        trellis_at(rate)
