@@ -206,13 +206,17 @@ def _add(acc, words, fragment, x_at, unit: gl.constexpr, has_row, ORDER: gl.cons
 
 @gluon.jit
 def _add_rows(out, sums, row, ROWS: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr):
-    """Sum float32 [WARPS, 16, 8, ROWS / 16] over the warps and add it to ROWS rows of the output, float32 [out_features, BATCH]."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [WARPS, 1], [1, 0])
-    total = gl.reshape(gl.permute(gl.sum(sums, axis=0), (2, 0, 1)), (ROWS, 8))
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    items = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
-    mask = (items < BATCH) & (rows < ROWS)
-    gl.atomic_add(out + (row + rows) * BATCH + items, gl.convert_layout(total, layout), mask=mask, sem="relaxed")
+    """Sum float32 [WARPS, 16, 8, ROWS / 16] over the warps and add it to ROWS rows of the output, float32 [out_features, BATCH].
+
+    The sums change hands once, through a conversion that gives a thread the values of all warps: the compiler swizzles it so that no two
+    lanes meet in a bank. (`gl.sum` across warps stores the same values at a stride of 128 bytes, all lanes of a warp in one bank.)
+    """
+    each: gl.constexpr = ROWS * 8 // (32 * WARPS) if ROWS * 8 > 32 * WARPS else 1
+    layout: gl.constexpr = gl.BlockedLayout([WARPS, each], [1, 32], [1, WARPS], [1, 0])
+    by_row = gl.reshape(gl.permute(sums, (0, 3, 1, 2)), (WARPS, ROWS * 8))
+    total = gl.sum(gl.convert_layout(by_row, layout), axis=0)
+    index = gl.arange(0, ROWS * 8, gl.SliceLayout(0, layout))
+    gl.atomic_add(out + (row + index // 8) * BATCH + index % 8, total, mask=index % 8 < BATCH, sem="relaxed")
 
 
 @gluon.jit(do_not_specialize=["columns", "steps"])
