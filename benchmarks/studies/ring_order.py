@@ -202,7 +202,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int, before: Ca
         end.record()
         end.synchronize()
         times.append(1000 * begin.elapsed_time(end) / len(calls))
-    return sorted(times[2:])[replays // 2]
+    return float(sorted(times[2:])[replays // 2])
 
 
 @cache
