@@ -16,3 +16,5 @@ def test_the_block_order_keeps_every_value_in_a_register() -> None:
     assert kinds.count("tensor") == 4
     assert kinds.count("half_add") == 16, "one addition per window"
     assert not any(each.opcode.startswith(("SHFL", "LDS", "STS", "BAR")) for each in loop), "no weight moves between lanes"
+    opcodes = [each.opcode.split(".")[0] for each in instructions]
+    assert "SHFL" not in opcodes and opcodes.count("BAR") == 1, "the sums of the warps change hands once"

@@ -206,21 +206,27 @@ def _add(acc, words, fragment, x_at, unit: gl.constexpr, has_row, ORDER: gl.cons
 
 @gluon.jit
 def _add_rows(out, sums, row, ROWS: gl.constexpr, BATCH: gl.constexpr, WARPS: gl.constexpr):
-    """Sum float32 [WARPS, 16, 8, ROWS / 16] over the warps and add it to ROWS rows of the output, float32 [out_features, BATCH]."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [WARPS, 1], [1, 0])
-    total = gl.reshape(gl.permute(gl.sum(sums, axis=0), (2, 0, 1)), (ROWS, 8))
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    items = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
-    mask = (items < BATCH) & (rows < ROWS)
-    gl.atomic_add(out + (row + rows) * BATCH + items, gl.convert_layout(total, layout), mask=mask, sem="relaxed")
+    """Sum float32 [WARPS, 16, 8, ROWS / 16] over the warps and add it to ROWS rows of the output, float32 [out_features, BATCH].
+
+    The sums change hands once, through a conversion that gives a thread the values of all warps: the compiler swizzles it so that no two
+    lanes meet in a bank. (`gl.sum` across warps stores the same values at a stride of 128 bytes, all lanes of a warp in one bank.)
+    """
+    each: gl.constexpr = ROWS * 8 // (32 * WARPS) if ROWS * 8 > 32 * WARPS else 1
+    layout: gl.constexpr = gl.BlockedLayout([WARPS, each], [1, 32], [1, WARPS], [1, 0])
+    by_row = gl.reshape(gl.permute(sums, (0, 3, 1, 2)), (WARPS, ROWS * 8))
+    total = gl.sum(gl.convert_layout(by_row, layout), axis=0)
+    index = gl.arange(0, ROWS * 8, gl.SliceLayout(0, layout))
+    gl.atomic_add(out + (row + index // 8) * BATCH + index % 8, total, mask=index % 8 < BATCH, sem="relaxed")
 
 
 @gluon.jit(do_not_specialize=["columns", "steps"])
 def multiply(codes, halves, x, out, columns, steps, ORDER: gl.constexpr, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr,
-             BATCH: gl.constexpr, CODE: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+             BATCH: gl.constexpr, CODE: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """Add the products of `steps` * DEPTH unit columns per warp to `out`, float32 [out_features, BATCH].
 
-    Program (row group, split). columns: unit columns of the weight. DEPTH: units of codes loaded together, one step ahead of their use.
+    Program (row group, split). columns: unit columns of the weight. DEPTH: units of codes loaded together; AHEAD: steps from their load
+    to their use, at most `steps`. The assembler sinks all loads to the end of a turn of the loop, so that AHEAD = 1 leaves their latency
+    to other warps, and AHEAD = 2 gives them a whole turn, for the registers of one more run.
     halves: `codes` as int16, read at odd STEP_BITS only. Units of tiles and blocks are 16 columns wide, of lanes 256.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -239,22 +245,31 @@ def multiply(codes, halves, x, out, columns, steps, ORDER: gl.constexpr, STEP_BI
     for _ in gl.static_range(2 if ORDER == _LANE else 4):
         acc += (gl.zeros((WARPS, 16, 8), gl.float32, mma),)
 
-    units = ()
-    for unit in gl.static_range(DEPTH):
-        units += (_load(at, x_at, unit, offset, has_row, ORDER, STEP_BITS),)
-    for _ in range(steps - 1):
-        at = _advance(at, ORDER, STEP_BITS, DEPTH * WARPS)
-        next_x_at = x_at + DEPTH * WARPS * (512 if ORDER == _LANE else 32)
-        next_units = ()
+    turn: gl.constexpr = DEPTH * WARPS
+    runs = ()
+    for ahead in gl.static_range(AHEAD):
+        run = ()
         for unit in gl.static_range(DEPTH):
-            words, fragment = units[unit]
+            run += (_load(at, x_at, ahead * turn + unit, offset, has_row, ORDER, STEP_BITS),)
+        runs += (run,)
+    for _ in range(steps - AHEAD):
+        run = ()
+        for unit in gl.static_range(DEPTH):
+            words, fragment = runs[0][unit]
             acc = _add(acc, words, fragment, x_at, unit, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, a_layout, b_layout)
-            next_units += (_load(at, next_x_at, unit, offset, has_row, ORDER, STEP_BITS),)
-        units = next_units
-        x_at = next_x_at
-    for unit in gl.static_range(DEPTH):
-        words, fragment = units[unit]
-        acc = _add(acc, words, fragment, x_at, unit, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, a_layout, b_layout)
+            run += (_load(at, x_at, AHEAD * turn + unit, offset, has_row, ORDER, STEP_BITS),)
+        later = ()
+        for ahead in gl.static_range(1, AHEAD):
+            later += (runs[ahead],)
+        later += (run,)
+        runs = later
+        at = _advance(at, ORDER, STEP_BITS, turn)
+        x_at += turn * (512 if ORDER == _LANE else 32)
+    for ahead in gl.static_range(AHEAD):
+        for unit in gl.static_range(DEPTH):
+            words, fragment = runs[ahead][unit]
+            acc = _add(acc, words, fragment, x_at, ahead * turn + unit, has_row, ORDER, STEP_BITS, WINDOW_BITS, CODE, WARPS, a_layout,
+                       b_layout)  # fmt: skip
 
     if ORDER == _LANE:
         _add_rows(out, gl.reshape(acc[0] + acc[1], (WARPS, 16, 8, 1)), group * 16, 16, BATCH, WARPS)

@@ -1,7 +1,8 @@
 """Which order should the ring of a trellis code have? The study that the format's block was chosen by; README.md tells the answer.
 
 `python -m benchmarks.studies.ring_order --json FILE` checks and times three orders on a GPU next to bf16 `F.linear`;
-`--sass` counts their machine instructions instead and needs no GPU. A variant that fails becomes a row with its `error`.
+`--sass` counts their machine instructions instead and needs no GPU; `--quick` times two orders at one window, in about a minute.
+A variant that fails becomes a row with its `error`.
 """
 # mypy: allow-untyped-calls
 
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -64,10 +65,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """warps: of a program; depth: units loaded together; splits: programs along the input axis."""
+    """warps: of a program; depth: units loaded together; ahead: steps from their load to their use; splits: programs along the inputs."""
 
     warps: int
     depth: int
+    ahead: int = 1
     splits: int = 1
 
 
@@ -82,20 +84,26 @@ VARIANTS = (
 """What is timed, the most telling first. Windows of 32 bits need no mask: what they save is what the mask costs."""
 
 
-def depths(variant: Variant) -> tuple[int, ...]:
-    """The depths that the sweep tries: a ring along the input axis has many words of its own in flight."""
-    return (1,) if variant.order is Order.LANE else (1, 2, 4)
+QUICK = tuple(Variant(order, step_bits, 16) for step_bits in (6, 4, 8) for order in (Order.BLOCK, Order.LANE))
+"""The comparison that the choice of the format hangs on, in about a minute."""
+
+
+def kernels(variant: Variant) -> list[Launch]:
+    """What the sweep compiles, one split each. Two runs of four units take 125 registers; a ring of a lane is a run of its own."""
+    runs = ((1, 1), (1, 2)) if variant.order is Order.LANE else ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
+    return [Launch(warps, depth, ahead) for warps in WARPS for depth, ahead in runs]
 
 
 def launches(variant: Variant, shape: tuple[int, int]) -> list[Launch]:
     """All launches of the sweep: those that divide the columns evenly into enough warps, and not too many."""
     rows, columns = shape[0] // variant.unit_shape[0], shape[1] // variant.unit_shape[1]
     return [
-        Launch(warps, depth, splits)
-        for warps in WARPS
-        for depth in depths(variant)
+        replace(kernel, splits=splits)
+        for kernel in kernels(variant)
         for splits in range(1, columns + 1)
-        if columns % (splits * warps * depth) == 0 and MIN_WARPS <= rows * splits * warps <= MAX_WARPS
+        if columns % (splits * kernel.warps * kernel.depth) == 0
+        and columns // (splits * kernel.warps * kernel.depth) >= kernel.ahead
+        and MIN_WARPS <= rows * splits * kernel.warps <= MAX_WARPS
     ]
 
 
@@ -164,7 +172,7 @@ def constants(variant: Variant, launch: Launch, batch: int) -> dict[str, int]:
     """The compile-time arguments of the kernel."""
     return {
         "ORDER": int(variant.order), "STEP_BITS": variant.step_bits, "WINDOW_BITS": variant.window_bits, "BATCH": batch,
-        "CODE": int(variant.code), "DEPTH": launch.depth, "WARPS": launch.warps,
+        "CODE": int(variant.code), "DEPTH": launch.depth, "AHEAD": launch.ahead, "WARPS": launch.warps,
     }  # fmt: skip
 
 
@@ -194,7 +202,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int, before: Ca
         end.record()
         end.synchronize()
         times.append(1000 * begin.elapsed_time(end) / len(calls))
-    return sorted(times[2:])[replays // 2]
+    return float(sorted(times[2:])[replays // 2])
 
 
 @cache
@@ -243,7 +251,7 @@ def measure(variant: Variant, shape: tuple[int, int], known: Known) -> Iterator[
             best = known[key] = min(times, key=times.__getitem__)
             calls = [partial(run, variant, best, shape, codes[i], operand, outs[i]) for i in range(copies)]
             row |= {"us": round(microseconds(calls, REPLAYS, outs.zero_), 2), "max_rel_error": worst}
-            row |= {"warps": best.warps, "depth": best.depth, "splits": best.splits}
+            row |= {"warps": best.warps, "depth": best.depth, "ahead": best.ahead, "splits": best.splits}
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error)[-600:]}"
         yield row
@@ -263,10 +271,10 @@ def table(rows: list[dict[str, object]]) -> Iterator[str]:
         yield f"{label} {ours:8.1f} {theirs:8.1f} {theirs / ours:6.2f}   {' / '.join(str(row['us']) for row in group)}"
 
 
-def timings(budget_s: float) -> Iterator[dict[str, object]]:
+def timings(variants: Sequence[Variant], budget_s: float) -> Iterator[dict[str, object]]:
     """Compile in parallel, then measure all variants, in their order; stops when the time is spent."""
     started = time.monotonic()
-    jobs = [(v, Launch(warps, depth), batch) for v in VARIANTS for warps in WARPS for depth in depths(v) for batch in BATCHES]
+    jobs = [(variant, kernel, batch) for variant in variants for kernel in kernels(variant) for batch in BATCHES]
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compile_ahead, *job) for job in jobs]
@@ -274,7 +282,7 @@ def timings(budget_s: float) -> Iterator[dict[str, object]]:
     print(f"{len(jobs)} kernels compiled in {time.monotonic() - started:.0f} s, {len(failures)} failed", flush=True)
     print(*failures[:3], sep="\n", flush=True)
     known: Known = {}
-    for variant in VARIANTS:
+    for variant in variants:
         for shape in SHAPES:
             if time.monotonic() - started > budget_s:
                 print(f"stopped before {variant}, {shape}: {budget_s} s are spent", flush=True)
@@ -291,7 +299,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--sass", action="store_true", help="count machine instructions instead; needs no GPU")
-    parser.add_argument("--budget-s", type=float, default=130, help="start no new measurement after this many seconds")
+    parser.add_argument("--quick", action="store_true", help="only blocks and lanes, windows of 16 bits, at 2, 3 and 4 bits")
+    parser.add_argument("--budget-s", type=float, help="start no new measurement after this many seconds (130, quick: 68)")
     options = parser.parse_args()
     if options.sass:
         from benchmarks.studies import sass
@@ -302,7 +311,7 @@ def main() -> int:
 
         print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}), flush=True)
         torch.manual_seed(0)
-        source = timings(options.budget_s)
+        source = timings(QUICK if options.quick else VARIANTS, options.budget_s or (68 if options.quick else 130))
     else:
         print("no CUDA device; --sass needs none", file=sys.stderr)
         return 2

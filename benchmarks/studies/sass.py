@@ -49,12 +49,12 @@ class Instruction:
 
 
 def compile_for_hopper(
-    order: Order, step_bits: int, window_bits: int, batch: int = 8, code: Code = Code.SUM, depth: int = 1, warps: int = 4
+    order: Order, step_bits: int, window_bits: int, batch: int = 8, code: Code = Code.SUM, depth: int = 1, ahead: int = 1, warps: int = 4
 ) -> bytes:
     """The kernel of one variant as a cubin for compute capability 9.0; arguments as of `ring_kernel.multiply`."""
     constants = {
         "ORDER": int(order), "STEP_BITS": step_bits, "WINDOW_BITS": window_bits, "BATCH": batch, "CODE": int(code), "DEPTH": depth,
-        "WARPS": warps,
+        "AHEAD": ahead, "WARPS": warps,
     }  # fmt: skip
     pointers = {"codes": "*i32", "halves": "*i16", "x": "*i64", "out": "*fp32"}
     signature = {**pointers, "columns": "i32", "steps": "i32", **dict.fromkeys(constants, "constexpr")}
@@ -88,15 +88,15 @@ def main_loop(instructions: list[Instruction]) -> list[Instruction]:
     return max(loops, key=lambda loop: sum(each.kind == "tensor" for each in loop))
 
 
-def count(order: Order, step_bits: int, window_bits: int, code: Code = Code.SUM, depth: int = 1) -> dict[str, object]:
+def count(order: Order, step_bits: int, window_bits: int, code: Code = Code.SUM, depth: int = 1, ahead: int = 1) -> dict[str, object]:
     """One row: instructions per weight in the main loop, in all and by kind; spills of the whole kernel."""
-    instructions = disassemble(compile_for_hopper(order, step_bits, window_bits, code=code, depth=depth))
+    instructions = disassemble(compile_for_hopper(order, step_bits, window_bits, code=code, depth=depth, ahead=ahead))
     loop = main_loop(instructions)
     kinds = Counter(each.kind for each in loop)
     weights = WEIGHTS_PER_TENSOR_OP * kinds["tensor"]
     return {
         "variant": order.name.lower(), "rate": step_bits / 2, "window_bits": window_bits, "code": code.name.lower(), "depth": depth,
-        "spills": spills(instructions), "per_weight": round(len(loop) / weights, 2),
+        "ahead": ahead, "spills": spills(instructions), "per_weight": round(len(loop) / weights, 2),
         **{kind: round(kinds[kind] / weights, 3) for kind in (*KINDS, "move", "other")},
     }  # fmt: skip
 
@@ -113,3 +113,6 @@ def rows() -> Iterator[dict[str, object]]:
     for order in (Order.TILE, Order.BLOCK):
         for depth in (2, 4):
             yield count(order, 6, 16, depth=depth)
+    for depth in (1, 2):
+        yield count(Order.BLOCK, 6, 16, depth=depth, ahead=2)
+    yield count(Order.LANE, 6, 16, ahead=2)
