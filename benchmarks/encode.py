@@ -21,7 +21,7 @@ from qpc.quant.trellis import TrellisQuantizer
 
 STEP_BITS = (3, 4, 5, 6, 7, 8, 9, 10)
 PAPER_WEIGHTS_PER_S = 1.2e6
-"""The paper's encoder on an H100 at L = 16, tail-biting (measured for this project)."""
+"""The paper's encoder on an H100 at L = 16, tail-biting (measured for this project on another day, not in this process)."""
 
 FEEDBACK_COLUMNS = 512
 

@@ -4,7 +4,7 @@ A window s of L bits is a suffix u = s >> k and a symbol r, its low k bits. Of t
 target can lie on the best walk, since a far one costs more at once than any state of the trellis is worth. So the plane of targets is cut
 into cells, about two for each window of a suffix, and for each cell and suffix the `SLOTS` windows nearest to the centre of the cell are
 listed once. The search then does 2^(L-k) * SLOTS steps of work instead of 2^L: with 8 slots nothing is lost that could be measured
-(`benchmarks/results/nvidia-h100/NOTES.md`), at 4 bits per weight it is 32 times faster, and windows can be as long as L = 24.
+(`benchmarks/results/nvidia-h100/NOTES.md`), at 4 bits per weight it visits 32 times fewer, and windows can be as long as L = 24.
 """
 
 from concurrent.futures import ThreadPoolExecutor
