@@ -9,41 +9,39 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.summary import OTHER_COLUMNS, LayerSum, shape_of
+from benchmarks.summary import OTHERS, LayerSum, shape_of
 
 BLUES = ("#9ec5ff", "#4589ff", "#0f62fe", "#0043ce", "#001d6c")
 FAMILIES = {"scalar": ("s", "#8a3ffc"), "vector": ("^", "#009d9a")}
-GREYS = ("#6f6f6f", "#b28600", "#da1e28", "#ff832b", "#9f1853")
+OTHER_COLOURS = ("#6f6f6f", "#b28600", "#da1e28", "#ff832b", "#9f1853")
 
 
 def draw_bits(sums: Sequence[LayerSum], gpu: str, read_gb_s: float, path: Path) -> None:
     """Time of a decoder layer's linears against bits, at batch 1 and 8 or the nearest measured, between bf16 and the memory floor."""
     batches = sorted({each.batch for each in sums if each.batch <= 8})
     shown = [batches[0], batches[-1]] if len(batches) > 1 else batches
-    figure, panels = plt.subplots(1, len(shown), figsize=(5.4 * len(shown), 4.4), layout="constrained", squeeze=False, sharey=True)
+    figure, panels = plt.subplots(1, len(shown), figsize=(5.4 * len(shown), 4.8), layout="constrained", squeeze=False, sharey=True)
     for axes, batch in zip(panels[0], shown, strict=True):
         here = [each for each in sums if each.batch == batch]
-        trellis = [each for each in here if each.family == "trellis"]
-        axes.axhline(here[0].bf16_us, color="#393939", linewidth=1.4, label=f"bf16 F.linear ({here[0].bf16_us:.0f} us)")
-        for colour, (column, name) in zip(GREYS, OTHER_COLUMNS.items(), strict=True):
-            if column in here[0].others:
-                axes.axhline(here[0].others[column], color=colour, linewidth=1.0, linestyle="--", label=name)
-        axes.plot(
-            [each.rate for each in trellis], [each.us for each in trellis], "o-", color="#0f62fe", markersize=4.5, linewidth=1.8,
-            label="qpc trellis",
-        )  # fmt: skip
+        trellis = [(each.rate, each.us) for each in here if each.family == "trellis"]
+        axes.axhline(here[0].bf16_us, color="#393939", linewidth=1.4, label="bf16 F.linear")
+        if trellis:
+            axes.plot(*zip(*trellis, strict=True), "o-", color="#0f62fe", markersize=4.5, linewidth=1.8, label="qpc trellis")
         for family, (marker, colour) in FAMILIES.items():
             points = [(each.rate, each.us) for each in here if each.family == family]
             if points:
                 axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5.5, label=f"qpc {family}")
-        floor = [(each.rate, each.floor_us(read_gb_s)) for each in trellis]
-        if floor:
-            axes.fill_between(*zip(*floor, strict=True), color="#e0e0e0", linewidth=0, label="memory floor")
+        for colour, (column, other) in zip(OTHER_COLOURS, OTHERS.items(), strict=True):
+            if column in here[0].others:
+                axes.plot(other.bits, here[0].others[column], "x", color=colour, markersize=6, markeredgewidth=1.8, label=other.name)
+        floor = sorted({(each.rate, each.floor_us(read_gb_s)) for each in here})
+        axes.fill_between(*zip(*floor, strict=True), color="#e0e0e0", linewidth=0, label="memory floor")
         axes.set(xlabel="bits per weight", ylim=(0, None))
         axes.set_title(f"{gpu}, batch {batch}", loc="left", fontsize=10)
         _tidy(axes)
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(0, 0.93))
     panels[0][0].set_ylabel("four linears of a Llama 3.1 8B layer [us]")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -61,10 +59,10 @@ def draw_batch(sums: Sequence[LayerSum], gpu: str, path: Path) -> None:
     axes.plot(
         *zip(*((b, s.bf16_us) for b, s in sorted(by_batch.items())), strict=True), color="#393939", linewidth=1.4, label="bf16 F.linear"
     )
-    for colour, (column, name) in zip(GREYS, OTHER_COLUMNS.items(), strict=True):
+    for colour, (column, other) in zip(OTHER_COLOURS, OTHERS.items(), strict=True):
         points = [(batch, each.others[column]) for batch, each in sorted(by_batch.items()) if column in each.others]
         if points:
-            axes.plot(*zip(*points, strict=True), "--", color=colour, linewidth=1.1, label=name)
+            axes.plot(*zip(*points, strict=True), "--", color=colour, linewidth=1.1, label=other.name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(by_batch), [str(batch) for batch in sorted(by_batch)])
     axes.minorticks_off()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import BenchmarkError, read_head, read_rows
-from benchmarks.summary import OTHER_COLUMNS, LayerSum, layer_sums, shape_of
+from benchmarks.summary import OTHERS, LayerSum, layer_sums, shape_of
 from benchmarks.weights import LAYER, label
 
 FILES = ("kernels", "prefill", "transform", "profile")
@@ -81,11 +81,11 @@ def _layer(sums: Sequence[LayerSum], read_gb_s: float) -> Iterator[str]:
     batches = sorted({each.batch for each in sums})
     by_batch = {each.batch: each for each in sums}
     body: list[list[Any]] = [["bf16 `F.linear`", *(f"{by_batch[batch].bf16_us:.1f}" for batch in batches), ""]]
-    for column, name in OTHER_COLUMNS.items():
+    for column, other in OTHERS.items():
         times = [by_batch[batch].others.get(column) for batch in batches]
         if any(times):
             ratios = [t and f"{t:.1f} ({by_batch[batch].bf16_us / t:.2f}x)" for t, batch in zip(times, batches, strict=True)]
-            body.append([name, *ratios, ""])
+            body.append([other.name, *ratios, ""])
     for family, rate in dict.fromkeys((each.family, each.rate) for each in sums):
         alike = {each.batch: each for each in sums if (each.family, each.rate) == (family, rate)}
         cells = [f"{alike[batch].us:.1f} ({alike[batch].ratio:.2f}x)" if batch in alike else None for batch in batches]

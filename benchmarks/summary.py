@@ -6,14 +6,23 @@ from typing import Any
 
 from benchmarks.weights import LAYER, Shape
 
-OTHER_COLUMNS = {
-    "int4_us": "int4 of PyTorch, groups of 128",
-    "gemlite_int4_us": "GemLite int4, groups of 128",
-    "humming_int3_us": "Humming int3, groups of 128",
-    "humming_int4_us": "Humming int4, groups of 128",
-    "bitsandbytes_nf4_us": "bitsandbytes NF4",
+
+@dataclass(frozen=True)
+class Other:
+    """A baseline besides bf16 as tables and pictures show it. bits: of a weight, with scales and zeros."""
+
+    name: str
+    bits: float
+
+
+OTHERS = {
+    "int4_us": Other("PyTorch int4, groups of 128", 4.25),
+    "gemlite_int4_us": Other("GemLite int4, groups of 128", 4.25),
+    "humming_int3_us": Other("Humming int3, groups of 128", 3.125),
+    "humming_int4_us": Other("Humming int4, groups of 128", 4.125),
+    "bitsandbytes_nf4_us": Other("bitsandbytes NF4, groups of 64", 4.127),
 }
-"""Columns of the baselines besides bf16, and their names in tables."""
+"""By their columns in a row."""
 
 
 def shape_of(row: dict[str, Any]) -> Shape:
@@ -55,7 +64,7 @@ def layer_sums(rows: Sequence[dict[str, Any]]) -> list[LayerSum]:
         if not all(shape in by_shape for shape in LAYER):
             continue
         four = [by_shape[shape] for shape in LAYER]
-        others = {column: sum(row[column] for row in four) for column in OTHER_COLUMNS if all(row.get(column) for row in four)}
+        others = {column: sum(row[column] for row in four) for column in OTHERS if all(row.get(column) for row in four)}
         us, bf16_us, nbytes = (sum(row[column] for row in four) for column in ("us", "bf16_us", "bytes"))
         found.append(LayerSum(family, rate, batch, us, bf16_us, nbytes, tuple(row["us"] for row in four), others))
     return found

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="the adapters import the Triton kernels")
 
 from benchmarks import __main__ as runner
-from benchmarks import kernels, prefill, profile, timing, transform, weights
+from benchmarks import kernels, prefill, profile, summary, timing, transform, weights
 from benchmarks.baselines import BF16, OTHERS, ROUNDING
 from benchmarks.plan import options_of, scalar, trellis, vector
 from benchmarks.rows import BenchmarkError, read_head, read_rows, write_rows
@@ -114,9 +114,7 @@ def test_bf16_passes_its_check() -> None:
 
 
 def test_columns_of_baselines_have_names_in_the_report() -> None:
-    from benchmarks.summary import OTHER_COLUMNS
-
-    assert set(OTHER_COLUMNS) == {"int4_us"} | {f"{baseline.name}_us" for baseline in OTHERS}
+    assert set(summary.OTHERS) == {"int4_us"} | {f"{baseline.name}_us" for baseline in OTHERS}
 
 
 def test_results_read_back(tmp_path) -> None:
