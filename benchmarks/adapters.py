@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.weights import RandomWeight
 from qpc.kernels import gpu, ops
+from qpc.kernels.launch import MAX_BATCH
 
 Call = Callable[[], Tensor]
 
@@ -24,7 +25,7 @@ def multiplications(weights: list[RandomWeight], x: Tensor) -> list[Call]:
 
     x: [batch, in_features], already rotated.
     """
-    if FUSED and weights[0].parts[0].family == "trellis" and len(x) <= 16:
+    if FUSED and x.is_cuda and len(x) <= MAX_BATCH and weights[0].parts[0].family == "trellis":
         from qpc.kernels import fused
         from qpc.kernels.operand import pack_operand
 

@@ -21,8 +21,8 @@ GROUP = 128
 ROUNDING = 4e-2
 """Tolerance of a product in bfloat16, as `relative_error` measures it."""
 
-FOUR_BITS, THREE_BITS = 0.6, 1.2
-"""The same with a weight that was rounded to so many bits in groups of 128: five deviations of a relative error of 0.11 and 0.23."""
+FOUR_BITS, THREE_BITS = 0.8, 1.8
+"""The same with a weight that was rounded to so many bits in groups: six or seven deviations of its error."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def bf16_linear(shape: Shape, copies: int, x: Tensor) -> tuple[list[Callable[[],
 def tinygemm_int4(shape: Shape, copies: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], Tensor]:
     """PyTorch's int4 product with groups of 128, whose weight is `(index - 8) * scale + zero`. Random indices: no weight is quantized."""
     out_features, in_features = shape
-    calls, expected = [], torch.empty(0)
+    calls: list[Callable[[], Tensor]] = []
+    expected = torch.empty(0)
     for copy in range(copies):
         indices = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=x.device)
         scales = (0.5 + torch.rand(in_features // GROUP, out_features, 1, device=x.device)).bfloat16()
@@ -69,7 +70,8 @@ def gemlite_int4(shape: Shape, copies: int, x: Tensor) -> tuple[list[Callable[[]
     from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
 
     out_features, in_features = shape
-    calls, expected = [], torch.empty(0)
+    calls: list[Callable[[], Tensor]] = []
+    expected = torch.empty(0)
     for copy in range(copies):
         indices = torch.randint(0, 16, shape, dtype=torch.uint8, device=x.device)
         scales = (0.5 + torch.rand(out_features * in_features // GROUP, 1, device=x.device)).bfloat16()
@@ -87,7 +89,8 @@ def humming(bits: int, shape: Shape, copies: int, x: Tensor) -> tuple[list[Calla
     """Humming at some bits with groups of 128."""
     from humming.layer import HummingLayer  # type: ignore[import-not-found]
 
-    calls, expected = [], torch.empty(0)
+    calls: list[Callable[[], Tensor]] = []
+    expected = torch.empty(0)
     for copy in range(copies):
         weight = torch.randn(shape, dtype=torch.bfloat16, device=x.device)
         layer = HummingLayer(
@@ -105,16 +108,15 @@ def bitsandbytes_nf4(shape: Shape, copies: int, x: Tensor) -> tuple[list[Callabl
     """bitsandbytes at NormalFloat 4 with its default groups of 64."""
     from bitsandbytes.nn import LinearNF4  # type: ignore[import-not-found]
 
-    calls, expected = [], torch.empty(0)
+    calls: list[Callable[[], Tensor]] = []
+    expected = torch.empty(0)
     for copy in range(copies):
         plain = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
         layer = LinearNF4(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16)
         layer.load_state_dict(plain.state_dict())
         calls.append(partial(layer.to(x.device), x))
         if copy == 0:
-            deviation = plain.weight.std().item()
-            expected = _product(x, plain.weight.to(x.device))
-            assert deviation > 0
+            expected = _product(x, plain.weight.detach().to(x.device))
     return calls, expected
 
 

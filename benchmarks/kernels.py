@@ -1,4 +1,4 @@
-"""The fused multiplication beside bf16 and int4: `python -m benchmarks kernels --json FILE [--quick]`, on an NVIDIA GPU.
+"""The fused multiplication beside bf16 and int4: `python -m benchmarks kernels --json FILE [--plot DIR] [--quick]`, on an NVIDIA GPU.
 
 Every launch is compared with the float64 product of the decoded weight before it is timed (`benchmarks.timing`). Columns of a row: family,
 preset, rate, batch, out_features, in_features; us, us_p20, us_p80 of one multiplication of rotated activations in bfloat16; bytes of codes
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.adapters import multiplications
 from benchmarks.baselines import BF16, INT4, OTHERS, ROUNDING, Baseline, baseline_columns
-from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, scalar, trellis, vector
+from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, vector
 from benchmarks.summary import layer_table, shape_of
 from benchmarks.timing import check, copies_for, time_calls
 from benchmarks.weights import SHAPES, Shape, activations, label, random_weights, weight_bytes
@@ -35,6 +35,11 @@ def main(arguments: list[str]) -> None:
     compile_ahead([(subject.quantizer, SHAPES, batch) for batch in batches for subject in subjects])
     rows = run.record(measure(run, subjects, SHAPES, batches, baselines), show)
     print("\n".join(layer_table(rows)), flush=True)
+    if options.plot is not None:
+        from benchmarks.plot_kernels import draw
+
+        draw(rows, run.card.name, run.card.read_gb_s, options.plot)
+    require_all(rows)
 
 
 def measure(

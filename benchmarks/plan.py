@@ -60,15 +60,17 @@ def vector(*rates: int) -> tuple[Subject, ...]:
     return tuple(Subject("vector", "", VectorQuantizer(2, 2 * each)) for each in rates)
 
 
-def options_of(name: str, text: str | None, arguments: list[str], **defaults: Any) -> argparse.Namespace:
-    """The options that every GPU benchmark takes. defaults: of `budget_s`."""
+def options_of(name: str, text: str | None, arguments: list[str], budget_s: float, quick_budget_s: float) -> argparse.Namespace:
+    """The options that every GPU benchmark takes. budget_s, quick_budget_s: what --budget-s is unless it is given."""
     parser = argparse.ArgumentParser(f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows to this file, after each of them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, after each of them")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw what there is to draw into this folder")
     parser.add_argument("--quick", action="store_true", help="only the rows that tell most")
-    parser.add_argument("--budget-s", type=float, default=defaults["budget_s"], help="start no measurement after this many seconds")
+    default = f"start no measurement after this many seconds ({budget_s:g}, quick: {quick_budget_s:g})"
+    parser.add_argument("--budget-s", type=float, metavar="S", help=default)
     options = parser.parse_args(arguments)
-    if options.quick and options.budget_s == defaults["budget_s"]:
-        options.budget_s = defaults.get("quick_budget_s", options.budget_s)
+    if options.budget_s is None:
+        options.budget_s = quick_budget_s if options.quick else budget_s
     return options
 
 
@@ -99,7 +101,7 @@ class Run:
         return time.monotonic() - self.started_s
 
     def record(self, measured: Iterable[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
-        """Take rows until the time is spent; print and write each at once. Raises `BenchmarkError` at the end if one has an `error`."""
+        """Take rows until the time is spent; print and write each at once."""
         rows: list[dict[str, Any]] = []
         for row in measured:
             rows.append(row)
@@ -109,9 +111,6 @@ class Run:
                 print(f"stopped: {self.budget_s:g} s are spent; the file holds what was measured", flush=True)
                 break
         print(f"{len(rows)} rows in {self.elapsed_s:.0f} s", flush=True)
-        failed = [row for row in rows if "error" in row]
-        if failed:
-            raise BenchmarkError(f"{len(failed)} of {len(rows)} rows failed; the first: {failed[0]['error']}")
         return rows
 
 
@@ -137,6 +136,13 @@ def run_once(quantizer: Quantizer, shapes: tuple[Shape, ...], batch: int) -> Non
         weights = random_weights(quantizer, shape, 1, device)
         multiplications(weights, activations(batch, shape[1], device))[0]()
     torch.cuda.synchronize()
+
+
+def require_all(rows: Sequence[dict[str, Any]]) -> None:
+    """The end of a run. Raises `BenchmarkError` if a row has an `error`."""
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        raise BenchmarkError(f"{len(failed)} of {len(rows)} rows failed; the first: {failed[0]['error']}")
 
 
 def failure(error: Exception) -> dict[str, str]:

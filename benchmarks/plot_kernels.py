@@ -9,11 +9,28 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.summary import OTHERS, LayerSum, shape_of
+from benchmarks.summary import OTHERS, LayerSum, layer_sums, shape_of
 
 BLUES = ("#9ec5ff", "#4589ff", "#0f62fe", "#0043ce", "#001d6c")
 FAMILIES = {"scalar": ("s", "#8a3ffc"), "vector": ("^", "#009d9a")}
 OTHER_COLOURS = ("#6f6f6f", "#b28600", "#da1e28", "#ff832b", "#9f1853")
+
+
+NAMES = ("bits", "batch", "roofline")
+
+
+def draw(rows: Sequence[dict[str, Any]], gpu: str, read_gb_s: float, folder: Path) -> list[Path]:
+    """All pictures that these rows of `benchmarks kernels` have the figures for; returns their files, `kernels-NAME.png`."""
+    bits, batch, roofline = (folder / f"kernels-{name}.png" for name in NAMES)
+    made = []
+    if sums := layer_sums(rows):
+        draw_bits(sums, gpu, read_gb_s, bits)
+        draw_batch(sums, gpu, batch)
+        made += [bits, batch]
+    if any(row["batch"] == 1 and row["family"] == "trellis" and "error" not in row for row in rows):
+        draw_roofline(rows, gpu, read_gb_s, roofline)
+        made.append(roofline)
+    return made
 
 
 def draw_bits(sums: Sequence[LayerSum], gpu: str, read_gb_s: float, path: Path) -> None:

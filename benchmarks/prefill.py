@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.adapters import dequantizations, multiplications
 from benchmarks.baselines import BF16, ROUNDING, time_baseline
-from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, scalar, trellis, vector
+from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, vector
 from benchmarks.summary import shape_of
 from benchmarks.timing import check, copies_for, time_calls
 from benchmarks.weights import SHAPES, Shape, activations, label, random_weights, weight_bytes
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     run = Run.begin("prefill", options.json, options.budget_s)
     subjects = trellis(Fraction(3)) if options.quick else (*trellis(*RATES), *scalar(3, 4), *vector(3, 4))
     compile_ahead([(subject.quantizer, SHAPES, TOKENS) for subject in subjects])
-    run.record(measure(run, subjects, SHAPES), show)
+    require_all(run.record(measure(run, subjects, SHAPES), show))
 
 
 def measure(run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:

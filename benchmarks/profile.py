@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.adapters import multiplications
 from benchmarks.baselines import BF16, ROUNDING, time_baseline
-from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, scalar, trellis
+from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis
 from benchmarks.summary import shape_of
 from benchmarks.timing import check, copies_for, time_calls
 from benchmarks.weights import Shape, activations, label, random_weights, weight_bytes
@@ -39,8 +39,9 @@ def main(arguments: list[str]) -> None:
     shapes = tuple(s for s in (QUICK_SHAPES if options.quick else SHAPES) if s[0] * s[1] <= LARGEST_WEIGHT)
     subjects = trellis(*RATES[:4]) if options.quick else (*trellis(*RATES), *scalar(8))
     compile_ahead([(subject.quantizer, shapes, batch) for batch in BATCHES for subject in subjects])
-    run.record(measure(run, subjects, shapes), show)
+    rows = run.record(measure(run, subjects, shapes), show)
     print(f"to be shipped as qpc/profiles/{file_name(run.card.name)}")
+    require_all(rows)
 
 
 def measure(run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:

@@ -50,22 +50,19 @@ def _measured_with(heads: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _kernels(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Path) -> Iterator[str]:
-    yield "## Multiplication"
-    sums = layer_sums(rows)
-    if sums:
-        from benchmarks.plot_kernels import draw_batch, draw_bits, draw_roofline
+    from benchmarks.plot_kernels import draw
 
-        draw_bits(sums, head["gpu"], head["read_gb_s"], folder / "kernels-bits.png")
-        draw_batch(sums, head["gpu"], folder / "kernels-batch.png")
-        draw_roofline(rows, head["gpu"], head["read_gb_s"], folder / "kernels-roofline.png")
+    yield "## Multiplication"
+    if sums := layer_sums(rows):
         yield ""
         yield f"Sum of the four fused linears of a Llama 3.1 8B layer ({', '.join(map(label, LAYER))}) in us; in brackets how many times"
-        yield "faster than bf16 `F.linear` in the same process. The floor is codes and scales over the read bandwidth."
+        yield "faster than bf16 `F.linear` in the same process. The activation is already rotated. The floor is codes and scales over the"
+        yield "read bandwidth."
         yield ""
         yield from _layer(sums, head["read_gb_s"])
-        for name in ("bits", "batch", "roofline"):
-            yield ""
-            yield f"![{name}](kernels-{name}.png)"
+    for picture in draw(rows, head["gpu"], head["read_gb_s"], folder):
+        yield ""
+        yield f"![{picture.stem}]({picture.name})"
     worst = max((row["max_rel_error"] for row in rows if "error" not in row), default=None)
     yield ""
     yield f"Largest error of an element over the root mean square of its row, bfloat16 results: {_shown(worst)}."

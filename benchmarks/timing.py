@@ -87,6 +87,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+@torch.no_grad()
 def check(call: Callable[[], Tensor], expected: Tensor, tolerance: float) -> Checked:
     """Run a call whose allocations are filled with NaN beforehand, and compare. Raises `BenchmarkError` beyond the tolerance."""
     with poisoned():
@@ -102,6 +103,7 @@ def copies_for(nbytes: int) -> int:
     return max(2, -(-CACHE_BYTES // nbytes))
 
 
+@torch.no_grad()
 def time_calls(calls: Sequence[Callable[[], object]], proof: Checked, replays: int = REPLAYS, min_calls: int = MIN_CALLS) -> Timing:
     """Time of one call in a CUDA graph of them all, which is repeated until it has `min_calls`, and replayed.
 

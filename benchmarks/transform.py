@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from benchmarks.adapters import OPERANDS, norm_operand, rotate_operand, rotation
 from benchmarks.baselines import ROUNDING
-from benchmarks.plan import Run, failure, options_of
+from benchmarks.plan import Run, failure, options_of, require_all
 from benchmarks.timing import check, time_calls
 from benchmarks.weights import activations
 from qpc.kernels import reference
@@ -30,9 +30,9 @@ CALLS = 128
 
 def main(arguments: list[str]) -> None:
     """Check and time."""
-    options = options_of("transform", __doc__, arguments, budget_s=120)
+    options = options_of("transform", __doc__, arguments, budget_s=120, quick_budget_s=60)
     run = Run.begin("transform", options.json, options.budget_s)
-    run.record(measure(run, QUICK_FEATURES if options.quick else FEATURES), show)
+    require_all(run.record(measure(run, QUICK_FEATURES if options.quick else FEATURES), show))
 
 
 def measure(run: Run, widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Random packed weights on a GPU, and what they should give: every string of bits is the code of some weight."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,20 +40,20 @@ class RandomWeight:
 
     def decoded(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The weight, [out_features, in_features], by the oracle."""
-        return reference.dequantize(list(self.codes), self.scales, list(self.parts), self.out_features, self.in_features, dtype)
+        return torch.cat([slab.to(dtype) for slab in self._slabs()])
 
     def product(self, x: Tensor) -> Tensor:
-        """`x @ w.T` by the oracle, float64 [batch, out_features]; decoded a few rows at a time. x: [batch, in_features]."""
-        height = max(1, ORACLE_WEIGHTS // (BLOCK_ROWS * self.in_features)) * BLOCK_ROWS
-        wide = x.double()
-        return torch.cat([wide @ self.rows(start, start + height).decoded().T for start in range(0, self.out_features, height)], dim=1)
+        """`x @ w.T` by the oracle, float64 [batch, out_features]. x: [batch, in_features]."""
+        return torch.cat([x.double() @ slab.T for slab in self._slabs()], dim=1)
 
-    def rows(self, start: int, stop: int) -> "RandomWeight":
-        """Some rows of it; `start` is divisible by 64."""
-        stop = min(stop, self.out_features)
-        blocks = slice(start // BLOCK_ROWS, row_blocks(stop))
-        scales = self.scales[blocks.start * BLOCK_ROWS : blocks.stop * BLOCK_ROWS]
-        return RandomWeight(stop - start, self.in_features, self.parts, tuple(code[blocks] for code in self.codes), scales)
+    def _slabs(self) -> Iterator[Tensor]:
+        """The weight in float64, some block rows at a time."""
+        height = max(1, ORACLE_WEIGHTS // (BLOCK_ROWS * self.in_features))
+        for first in range(0, row_blocks(self.out_features), height):
+            codes = [code[first : first + height] for code in self.codes]
+            scales = self.scales[first * BLOCK_ROWS : (first + height) * BLOCK_ROWS]
+            rows = min(height * BLOCK_ROWS, self.out_features - first * BLOCK_ROWS)
+            yield reference.dequantize(codes, scales, list(self.parts), rows, self.in_features)
 
 
 def random_weights(quantizer: Quantizer, shape: Shape, copies: int, device: torch.device | str, seed: int = 0) -> list[RandomWeight]:
