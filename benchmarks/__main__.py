@@ -12,6 +12,7 @@ BENCHMARKS = {
     "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
+    "check": "every kernel of a GPU against its oracle",
     "kernels": "the fused multiplication on a GPU, against bf16 and int4",
     "prefill": "linears of 2,048 tokens on a GPU, and decoding of weights",
     "transform": "rotation of activations on a GPU, and RMSNorm",

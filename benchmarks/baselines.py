@@ -19,7 +19,7 @@ from benchmarks.weights import Shape, activations, label
 
 GROUP = 128
 ROUNDING = 4e-2
-"""Tolerance of a product in bfloat16, as `relative_error` measures it."""
+"""Tolerance, as `relative_error` measures it, of a product whose weights or partial sums may be rounded to bfloat16 on the way."""
 
 FOUR_BITS, THREE_BITS = 0.8, 1.8
 """The same with a weight that was rounded to so many bits in groups: six or seven deviations of its error."""

@@ -12,10 +12,10 @@ from fractions import Fraction
 from typing import Any
 
 from benchmarks.adapters import multiplications
-from benchmarks.baselines import BF16, INT4, OTHERS, ROUNDING, Baseline, baseline_columns
+from benchmarks.baselines import BF16, INT4, OTHERS, Baseline, baseline_columns
 from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, vector
 from benchmarks.summary import layer_table, shape_of
-from benchmarks.timing import check, copies_for, time_calls
+from benchmarks.timing import EXACT, check, copies_for, time_calls
 from benchmarks.weights import SHAPES, Shape, activations, label, random_weights, weight_bytes
 
 RATES = tuple(Fraction(text) for text in ("3", "2", "4", "3.25", "2.5", "3.5", "5"))
@@ -27,7 +27,7 @@ BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16), (1, 8)
 
 def main(arguments: list[str]) -> None:
     """Compile, check, time, print the sums of a decoder layer."""
-    options = options_of("kernels", __doc__, arguments, budget_s=285, quick_budget_s=85)
+    options = options_of("kernels", __doc__, arguments, budget_s=285, quick_budget_s=85, draws=True)
     run = Run.begin("kernels", options.json, options.budget_s)
     subjects = trellis(*QUICK_RATES) if options.quick else (*trellis(*RATES), *scalar(3, 4), *vector(3, 4))
     batches = QUICK_BATCHES if options.quick else BATCHES
@@ -56,7 +56,7 @@ def measure(
                 row = {**subject.row, "batch": batch, "out_features": shape[0], "in_features": shape[1], "bytes": nbytes}
                 try:
                     calls = multiplications(weights, inputs[:batch])
-                    proof = check(calls[0], expected[:batch], ROUNDING)
+                    proof = check(calls[0], expected[:batch], EXACT)
                     timing = time_calls(calls, proof)
                     row |= timing.row
                     row |= {

@@ -15,7 +15,7 @@ from benchmarks.adapters import dequantizations, multiplications
 from benchmarks.baselines import BF16, ROUNDING, time_baseline
 from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, vector
 from benchmarks.summary import shape_of
-from benchmarks.timing import check, copies_for, time_calls
+from benchmarks.timing import EXACT, check, copies_for, time_calls
 from benchmarks.weights import SHAPES, Shape, activations, label, random_weights, weight_bytes
 
 TOKENS = 2048
@@ -53,7 +53,7 @@ def measure(run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape]) -> I
                     "max_rel_error": proof.max_rel_error,
                 }
                 decodings = dequantizations(weights, torch.bfloat16)
-                proof = check(decodings[0], weights[0].decoded(), ROUNDING)
+                proof = check(decodings[0], weights[0].decoded(), EXACT)
                 decoding = time_calls(decodings, proof, min_calls=MIN_CALLS)
                 speed = (nbytes + 2 * shape[0] * shape[1]) / decoding.us / 1e3
                 row |= {"dequantize_us": round(decoding.us, 3), "dequantize_gb_s": round(speed, 1)}

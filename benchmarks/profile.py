@@ -15,10 +15,10 @@ from fractions import Fraction
 from typing import Any
 
 from benchmarks.adapters import multiplications
-from benchmarks.baselines import BF16, ROUNDING, time_baseline
+from benchmarks.baselines import BF16, time_baseline
 from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis
 from benchmarks.summary import shape_of
-from benchmarks.timing import check, copies_for, time_calls
+from benchmarks.timing import EXACT, check, copies_for, time_calls
 from benchmarks.weights import Shape, activations, label, random_weights, weight_bytes
 
 RATES = tuple(Fraction(text) for text in ("3", "2", "4", "3.25", "2.5", "3.5", "5", "6"))
@@ -59,7 +59,7 @@ def measure(run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape]) -> I
                 row = {"family": subject.family, "rate": subject.rate, "batch": batch, "out_features": shape[0], "in_features": shape[1]}
                 try:
                     calls = multiplications(weights, inputs[:batch])
-                    row["us"] = round(time_calls(calls, check(calls[0], expected[:batch], ROUNDING), REPLAYS).us, 3)
+                    row["us"] = round(time_calls(calls, check(calls[0], expected[:batch], EXACT), REPLAYS).us, 3)
                 except Exception as error:
                     row |= failure(error)
                 yield row

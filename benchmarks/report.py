@@ -65,7 +65,7 @@ def _kernels(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Path)
         yield f"![{picture.stem}]({picture.name})"
     worst = max((row["max_rel_error"] for row in rows if "error" not in row), default=None)
     yield ""
-    yield f"Largest error of an element over the root mean square of its row, bfloat16 results: {_shown(worst)}."
+    yield f"Largest error of an element beyond its rounding to bfloat16, over the root mean square of its row: {_shown(worst)}."
     for batch in sorted({row["batch"] for row in rows} & {1, 8}):
         yield ""
         yield f"Each shape at batch {batch}, us (share of the read bandwidth):"

@@ -6,6 +6,7 @@ max_rel_error. The transforms: `rotate` (signs and Hadamard), `rms_norm` (PyTorc
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 from benchmarks.adapters import OPERANDS, norm_operand, rotate_operand, rotation
 from benchmarks.baselines import ROUNDING
 from benchmarks.plan import Run, failure, options_of, require_all
-from benchmarks.timing import check, time_calls
+from benchmarks.timing import EXACT, check, time_calls
 from benchmarks.weights import activations
 from qpc.kernels import reference
 from qpc.quant.hadamard import block_size
@@ -35,45 +36,51 @@ def main(arguments: list[str]) -> None:
     require_all(run.record(measure(run, QUICK_FEATURES if options.quick else FEATURES), show))
 
 
+@dataclass(frozen=True)
+class Transform:
+    """One that is timed. expected: float64 [batch, features]; values: these, from what the call returns."""
+
+    name: str
+    call: Callable[[], Any]
+    expected: Tensor
+    tolerance: float = EXACT
+    values: Callable[[Any], Tensor] = lambda result: result
+
+
 def measure(run: Run, widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """One row for each transform, width and batch; a failure is a row too."""
     for features in widths:
         for batch in BATCHES:
-            for name, call, result, expected in transforms(features, batch, run.device):
-                row = {"transform": name, "features": features, "block": block_size(features), "batch": batch}
+            for each in transforms(features, batch, run.device):
+                row = {"transform": each.name, "features": features, "block": block_size(features), "batch": batch}
                 try:
-                    proof = check(lambda call=call, result=result: result(call()), expected, ROUNDING)  # type: ignore[misc]
-                    row |= {**time_calls([call], proof, min_calls=CALLS).row, "max_rel_error": proof.max_rel_error}
+                    proof = check(lambda each=each: each.values(each.call()), each.expected, each.tolerance)  # type: ignore[misc]
+                    row |= {**time_calls([each.call], proof, min_calls=CALLS).row, "max_rel_error": proof.max_rel_error}
                 except Exception as error:
                     row |= failure(error)
                 yield row
 
 
-def transforms(features: int, batch: int, device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Tensor], Tensor]]:
-    """Name, call, the values [batch, features] in what it returns, and what they should be (float64)."""
+def transforms(features: int, batch: int, device: torch.device) -> Iterator[Transform]:
+    """All of them, for one random activation in bfloat16."""
     x = activations(batch, features, device)
     weight = (1 + 0.1 * torch.randn(features, device=device)).bfloat16()
-    rotated = Rotation.random(features, torch.Generator().manual_seed(0)).to(device)
-    signs, block = rotated.signs, rotated.block
-    wide = x.double()
-    normed = wide / (wide.square().mean(dim=1, keepdim=True) + EPSILON).sqrt() * weight.double()
+    random = Rotation.random(features, torch.Generator().manual_seed(0)).to(device)
+    signs, block = random.signs, random.block
+    normed = x.double() / (x.double().square().mean(dim=1, keepdim=True) + EPSILON).sqrt() * weight.double()
+    rotated, both = reference.rotate(x.double(), signs, block), reference.rotate(normed, signs, block)
     norm = partial(functional.rms_norm, x, (features,), weight, EPSILON)
-    yield "rotate", rotation(x, signs, block), same, reference.rotate(wide, signs, block)
-    yield "rms_norm", norm, same, normed
-    yield "rms_norm then rotate", lambda: rotation(norm(), signs, block)(), same, reference.rotate(normed, signs, block)
+    yield Transform("rotate", rotation(x, signs, block), rotated)
+    yield Transform("rms_norm", norm, normed, ROUNDING)
+    yield Transform("rms_norm then rotate", lambda: rotation(norm(), signs, block)(), both, ROUNDING)
     if OPERANDS:
         from qpc.kernels.operand import unpack_operand
 
-        def unpacked(operand: tuple[Tensor, Tensor]) -> Tensor:
+        def values(operand: tuple[Tensor, Tensor]) -> Tensor:
             return cast(Tensor, unpack_operand(*operand, features))
 
-        yield "rotate_operand", rotate_operand(x, signs, block), unpacked, reference.rotate(wide, signs, block)
-        yield "norm_operand", norm_operand(x, weight, EPSILON, signs, block), unpacked, reference.rotate(normed, signs, block)
-
-
-def same(result: Tensor) -> Tensor:
-    """What a transform returns that returns its values."""
-    return result
+        yield Transform("rotate_operand", rotate_operand(x, signs, block), rotated, values=values)
+        yield Transform("norm_operand", norm_operand(x, weight, EPSILON, signs, block), both, values=values)
 
 
 def show(row: dict[str, Any]) -> str:
