@@ -34,6 +34,16 @@ def test_without_a_gpu_a_benchmark_says_so(name: str, monkeypatch: pytest.Monkey
     assert capsys.readouterr().err == f"{name}: this benchmark runs kernels on an NVIDIA GPU; PyTorch finds none here\n"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", GPU_BENCHMARKS)
+def test_on_a_gpu_a_benchmark_starts(name: str, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPU_BENCHMARKS[name].main(["--quick", "--budget-s", "0", "--json", str(tmp_path / f"{name}.json")])
+    (row,) = read_rows(tmp_path / f"{name}.json")
+    assert row["us"] > 0
+    assert read_head(tmp_path / f"{name}.json")["read_gb_s"] > 10
+    assert "stopped: 0 s are spent" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", GPU_BENCHMARKS)
 def test_help_tells_the_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
