@@ -32,7 +32,7 @@ from qpc.quant.layout import BLOCK_ROWS
 from qpc.report import Report
 
 FORMAT = "qpc"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "qpc.json"
 TENSORS = "model.safetensors"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}

@@ -90,7 +90,7 @@ def edit(directory: Path, change: dict[str, object]) -> None:
 
 def test_unknown_version(small: Path) -> None:
     edit(small, {"format_version": 99})
-    with pytest.raises(CheckpointError, match="format version 99, this qpc reads 2"):
+    with pytest.raises(CheckpointError, match="format version 99, this qpc reads 3"):
         qpc.load(small, fresh())
 
 

@@ -4,15 +4,15 @@
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.quant.codebook import FACTOR_MASK, FACTOR_ONE, FOLD, HALF_MASK, SECOND_INCREMENT, SECOND_MULTIPLIER, long_tails, shifted_multiplier
+from qpc.quant.codebook import FACTOR, INCREMENTS, MULTIPLIERS, START, addend, hash_words
 
-_FOLD, _HALF_MASK = tl.constexpr(FOLD), tl.constexpr(HALF_MASK)
-_SECOND_MULTIPLIER, _SECOND_INCREMENT = tl.constexpr(SECOND_MULTIPLIER), tl.constexpr(SECOND_INCREMENT)
+_START, _FACTOR = tl.constexpr(START), tl.constexpr(FACTOR)
+_MULTIPLIERS, _INCREMENTS = tl.constexpr(MULTIPLIERS), tl.constexpr(INCREMENTS)
 
-_FACTOR_MASK, _FACTOR_ONE = tl.constexpr(FACTOR_MASK), tl.constexpr(FACTOR_ONE)
+_addend, _hash_words = triton.constexpr_function(addend), triton.constexpr_function(hash_words)
 
-_shifted_multiplier = triton.constexpr_function(shifted_multiplier)
-_long_tails = triton.constexpr_function(long_tails)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels, which rounds twice in a fused multiply-add."""
 
 
 @triton.jit
@@ -37,29 +37,30 @@ def bits_from(low, high, offset):
 @triton.jit
 def decode_window(word, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
     """The two code values of the window in the low bits of a uint32, float32; the bits above it are of no account."""
-    multiplier: tl.constexpr = _shifted_multiplier(WINDOW_BITS)
-    return decode_product((word * multiplier).to(tl.uint32), _long_tails(STEP_BITS))
+    return hash_window(word & ((1 << WINDOW_BITS) - 1), _addend(WINDOW_BITS), _hash_words(STEP_BITS))
 
 
 @triton.jit
-def decode_product(spread, LONG_TAILS: tl.constexpr):
-    """The same from the product of the window and its multiplier, `shifted_multiplier` of `qpc.quant.codebook`."""
-    first = ((spread.to(tl.int32, bitcast=True).to(tl.int64) * _FOLD) >> 32).to(tl.uint32)
-    second = (first * _SECOND_MULTIPLIER + _SECOND_INCREMENT).to(tl.uint32)
-    p, q = first & _HALF_MASK, second & _HALF_MASK
-    p_0, p_1 = _lower(p), _upper(p)
-    if LONG_TAILS:
-        r = (second & _FACTOR_MASK) ^ _FACTOR_ONE
-        p_0, p_1 = p_0 * _lower(r), p_1 * _upper(r)
-    even, odd = p_0 + _lower(q), p_1 + _upper(q)
-    return even.to(tl.float16).to(tl.float32), odd.to(tl.float16).to(tl.float32)
+def hash_window(window, addend, WORDS: tl.constexpr):
+    """The same of a window with nothing above it, from `addend` and `hash_words` of `qpc.quant.codebook`."""
+    f = (window | _START).to(tl.float32, bitcast=True)
+    # float64 is exact here
+    g = (f.to(tl.float64) * _FACTOR + addend).to(tl.float32) if _INTERPRETED else tl.fma(f, _FACTOR, addend)
+    even, odd = tl.zeros_like(window).to(tl.int32), tl.zeros_like(window).to(tl.int32)
+    for index in tl.static_range(WORDS):
+        word = (g.to(tl.uint32, bitcast=True) * _MULTIPLIERS[index] + _INCREMENTS[index]).to(tl.uint32)
+        even, odd = _add_bytes(even, word, 0), _add_bytes(odd, word, 1)
+    return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
-def _lower(word):
-    return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _upper(word):
-    return (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def _add_bytes(total, word, FIRST: tl.constexpr):
+    """An int32 plus the signed bytes FIRST and FIRST + 2 of a uint32: on a GPU one instruction, the dot product of four bytes."""
+    if _INTERPRETED:
+        total += (word << (24 - 8 * FIRST)).to(tl.int32, bitcast=True) >> 24
+        total += (word << (8 - 8 * FIRST)).to(tl.int32, bitcast=True) >> 24
+    elif FIRST == 0:
+        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, 0x00010001, $2;", "=r,r,r", [word, total], tl.int32, is_pure=True, pack=1)
+    else:
+        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, 0x01000100, $2;", "=r,r,r", [word, total], tl.int32, is_pure=True, pack=1)
+    return total

@@ -13,9 +13,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from qpc.errors import KernelError
-from qpc.kernels.computed_code import decode_product
+from qpc.kernels.computed_code import hash_window
 from qpc.quant.bitstring import pack
-from qpc.quant.codebook import long_tails, shifted_multiplier
+from qpc.quant.codebook import addend, hash_words
 from qpc.quant.neighbours import Neighbours, neighbours
 from qpc.quant.viterbi import joint_reach
 
@@ -26,10 +26,10 @@ SCRATCH_BYTES = 8 << 30
 """Bound on the memory of the symbols that won; half of the free memory if that is less."""
 
 
-@triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "multiplier", "free"])
+@triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "addend", "free"])
 def _walk_kernel(
-    values, cells, table, history, joint, ring_steps, first, steps, step_bits, multiplier, free,
-    SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr, LONG_TAILS: tl.constexpr,
+    values, cells, table, history, joint, ring_steps, first, steps, step_bits, addend, free,
+    SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Walk each ring from step `first` on, and keep the winning symbols in `history`, uint16 [rings, steps, suffixes].
 
@@ -49,7 +49,7 @@ def _walk_kernel(
         for slot in tl.static_range(SLOTS):
             window = high | tl.load(listed + slot * suffixes).to(tl.uint32)
             before = tl.gather(costs, (window & (suffixes - 1)).to(tl.int32), 0)
-            even, odd = decode_product((window * multiplier.to(tl.uint32, bitcast=True)).to(tl.uint32), LONG_TAILS)
+            even, odd = hash_window(window, addend, WORDS)
             across, along = even - x_0, odd - x_1
             cost = tl.fma(along, along, tl.fma(across, across, before))
             marked = (cost.to(tl.int32, bitcast=True) & -SLOTS) | slot
@@ -120,11 +120,9 @@ def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, 
     suffix_bits = window_bits - step_bits
     history = torch.empty((rings, max(steps, 2 * reach), 1 << suffix_bits), dtype=torch.uint16, device=values.device)
     joint = torch.empty(rings, dtype=torch.int32, device=values.device)
-    multiplier = shifted_multiplier(window_bits)
-    multiplier -= (multiplier >> 31) << 32  # as a signed number
     for free, first, count, last in ((1, steps - reach, 2 * reach, reach), (0, 0, steps, 0)):
         _walk_kernel[(rings,)](
-            values, cells, listed.symbols, history, joint, steps, first, count, step_bits, multiplier, free,
-            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, LONG_TAILS=long_tails(step_bits), num_warps=walk_warps(suffix_bits),
+            values, cells, listed.symbols, history, joint, steps, first, count, step_bits, addend(window_bits), free,
+            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, WORDS=hash_words(step_bits), num_warps=walk_warps(suffix_bits),
         )  # fmt: skip
         _trace_kernel[(rings,)](history, joint, symbols, steps, count, last, step_bits, 1 << suffix_bits, free, num_warps=1)

@@ -1,58 +1,66 @@
-"""The computed code: two weights from one window of the bit string, by integer arithmetic and one addition of halves.
+"""The computed code: two weights from one window of the bit string, as sums of the signed bytes of a hash of it.
 
-The window is hashed to two 32-bit words h and i. Their 16-bit halves p and q, read as float16 with a sign, two bits of exponent and the
-mantissa, are bell-shaped variables. Up to 3 bits per weight each weight is p + q, which is nearly Gaussian; above, where tails count
-more, it is p r + q with r between 1 and 2 from the low bits of i. (A computed code, and reading masked hashes as halves, are QTIP's ideas,
-arXiv 2406.11235, section 3.1.) Exponent fields are 0 to 3, so that subnormals fill the middle; p r + q is exact in float32, and either form
-is rounded to float16 once, so that values are the same on every device.
+The window is written into the mantissa of a float32 f from 0.5 on, and g = f C + D, rounded once. D lies near -C times the middle of all f,
+so that g is small and of either sign: the bits of g are the middle bits of the product, which depend on the whole window, and so do sign
+and exponent. From g, read as a 32-bit integer, multiply-adds modulo 2^32 make two words, three at high rates. The first weight of the pair
+is the sum of the signed bytes 0 and 2 of all words, the second that of bytes 1 and 3: an integer, nearly Gaussian, four bytes reaching to
+3.5 deviations and six to 4.2. (A computed code, and its sums of bytes, are QTIP's ideas, arXiv 2406.11235, section 3.1.)
 
-The first multiplier is shifted so that a product modulo 2^32 forgets all bits above the window: a kernel need not mask them.
-`benchmarks/codes/README.md` tells how this code was chosen.
+What a tensor core needs is the words themselves: its product of bytes adds the bytes up, and no mask and no conversion stands between the
+multiply-add and the product. `benchmarks/codes/README.md` tells how this code was chosen.
 """
 
 import torch
 from torch import Tensor
 
-MULTIPLIER = 0xA4C525DD
-"""Of the window, shifted left by 32 - window_bits."""
-FOLD = 0x5E4E60E7
-"""Of that product as a signed number; the upper 32 bits of the result are the first hash."""
-SECOND_MULTIPLIER, SECOND_INCREMENT = 0x20A394E3, 0xAB4C9999
-"""From the first hash to the second."""
-HALF_MASK = 0x8FFF8FFF
-"""Sign, two bits of exponent and mantissa of either half."""
+START = 0x3F000000
+"""The bits of 0.5, into whose mantissa the window is written. The highest bit of a window of 24 bits doubles f instead."""
+FACTOR = 0xB504F3 / 2**23
+"""C: the square root of 2 in float32."""
 
-FACTOR_MASK, FACTOR_ONE = 0x03FC03FC, 0x3C003C00
-"""The mantissa bits of r in either half, and 1.0 in both, which is xored to them."""
+MULTIPLIERS = (0xAB8F3EFB, 0x65DA3213, 0xBD5351A3)
+"""What g is multiplied by, for each word; modulo 2^32."""
+INCREMENTS = (0x3AD5F537, 0x0E2F3119, 0x8468433F)
+"""What is added to the product, for each word."""
 
-LONG_TAILS_FROM = 7
-"""Step bits from which weights are p r + q."""
+THREE_WORDS_FROM = 9
+"""Step bits from which three words are added: at high rates the tails count, and a sum of six bytes reaches farther."""
+
+DEVIATION = {2: 147.8, 3: 181.0}
+"""Standard deviation of a code value, by the number of words; that of independent uniform bytes."""
 
 
-def long_tails(step_bits: int) -> bool:
-    """Whether weights of this many bits per step are p r + q, not p + q."""
-    return step_bits >= LONG_TAILS_FROM
+def hash_words(step_bits: int) -> int:
+    """How many words the bytes are taken from: 2 or 3."""
+    return 3 if step_bits >= THREE_WORDS_FROM else 2
 
 
 def code_deviation(step_bits: int) -> float:
     """Standard deviation of a code value."""
-    return (6.38 if long_tails(step_bits) else 4.955) * 2.0**-14
+    return DEVIATION[hash_words(step_bits)]
+
+
+def addend(window_bits: int) -> float:
+    """D for windows of this length, exactly a float32: -C times the middle of all f."""
+    exact = -FACTOR * (0.5 + 2.0 ** (window_bits - 25))
+    unit = 2.0**-23 if exact < -1 else 2.0**-24
+    return round(exact / unit) * unit
 
 
 def decode_windows(windows: Tensor, step_bits: int, window_bits: int) -> Tensor:
-    """The code values of each window: int64 [...] with values in [0, 2^window_bits) -> float32 [..., 2], each exactly a float16."""
-    spread = _multiplied(windows, shifted_multiplier(window_bits))
-    first = (((spread ^ 0x80000000) - 0x80000000) * FOLD >> 32) & 0xFFFFFFFF
-    second = (_multiplied(first, SECOND_MULTIPLIER) + SECOND_INCREMENT) & 0xFFFFFFFF
-    p, q = _halves(first & HALF_MASK), _halves(second & HALF_MASK)
-    if long_tails(step_bits):
-        p = p * _halves((second & FACTOR_MASK) ^ FACTOR_ONE)
-    return (p + q).half().float()
+    """The code values of each window: int64 [...] with values in [0, 2^window_bits) -> float32 [..., 2], integers of at most 768.
 
-
-def shifted_multiplier(window_bits: int) -> int:
-    """What a window is multiplied by, modulo 2^32."""
-    return (MULTIPLIER << (32 - window_bits)) & 0xFFFFFFFF
+    The same on every device: float64 holds f C + D exactly, a multiple of 2^-47 below 4, so that the one rounding to float32 is that of a
+    fused multiply-add.
+    """
+    f = (windows | START).int().view(torch.float32)
+    g = (f.double() * FACTOR + addend(window_bits)).float().view(torch.int32).long() & 0xFFFFFFFF
+    even, odd = torch.zeros_like(g), torch.zeros_like(g)
+    for multiplier, increment in zip(MULTIPLIERS[: hash_words(step_bits)], INCREMENTS, strict=False):
+        word = (_multiplied(g, multiplier) + increment) & 0xFFFFFFFF
+        even += _signed_byte(word, 0) + _signed_byte(word, 2)
+        odd += _signed_byte(word, 1) + _signed_byte(word, 3)
+    return torch.stack([even, odd], dim=-1).float()
 
 
 def codebook(step_bits: int, window_bits: int) -> Tensor:
@@ -65,7 +73,6 @@ def _multiplied(x: Tensor, factor: int) -> Tensor:
     return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
-def _halves(words: Tensor) -> Tensor:
-    """The lower and the upper half of 32-bit words, read as float16: float32 [..., 2]."""
-    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
-    return ((bits ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16).float()
+def _signed_byte(words: Tensor, index: int) -> Tensor:
+    """A byte of 32-bit words, counted from the lowest, as a number from -128 to 127."""
+    return ((words >> 8 * index & 0xFF) ^ 0x80) - 0x80

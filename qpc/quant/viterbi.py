@@ -27,7 +27,7 @@ JOINT_WINDOWS = 8
 """The first pass covers this many window lengths to either side of the joint; steps further away hardly change the bits there."""
 
 FINEST = 2**15 - 1
-"""Largest code value in the compiled search, which compares with code points rounded to int16. (Decoding is exact.)"""
+"""Largest value in the compiled search of any code, whose points are rounded to int16. Those of the computed code are small integers."""
 
 
 def encode_rings(values: Tensor, step_bits: int, window_bits: int) -> Tensor:
@@ -54,7 +54,8 @@ def search_rings(values: NDArray[np.float32], points: NDArray[Any], step_bits: i
     window_bits = len(points).bit_length() - 1
     check_ring(values.shape[1], step_bits, window_bits)
     code = torch.from_numpy(points.astype(np.float32))
-    return _search(torch.from_numpy(values), _Table.of(nearest(code, step_bits), code, step_bits), step_bits, window_bits)
+    scale = FINEST / max(float(code.abs().max()), 1e-30)
+    return _search(torch.from_numpy(values), _Table.of(nearest(code, step_bits), code, step_bits, scale), step_bits, window_bits)
 
 
 def check_ring(steps: int, step_bits: int, window_bits: int) -> None:
@@ -75,9 +76,8 @@ class _Table:
         self.listed, self.points, self.scale = listed, points, scale
 
     @staticmethod
-    def of(listed: Neighbours, code: Tensor, step_bits: int) -> "_Table":
-        """Look up the code points [2^window_bits, 2] of all listed windows."""
-        scale = FINEST / max(float(code.abs().max()), 1e-30)
+    def of(listed: Neighbours, code: Tensor, step_bits: int, scale: float) -> "_Table":
+        """Look up the code points [2^window_bits, 2] of all listed windows, `scale` times as large and rounded."""
         short = (code * scale).round().to(torch.int16).numpy()
         symbols = listed.symbols.numpy()
         suffix = np.arange(symbols.shape[2], dtype=np.int32) << step_bits
@@ -92,7 +92,7 @@ def _table(step_bits: int, window_bits: int) -> _Table:
     """The table of the computed code. Few are kept: they take up to 1 GB, and weights of one quantizer come after each other."""
     with torch.inference_mode(False):
         code = codebook(step_bits, window_bits)
-        return _Table.of(nearest(code, step_bits), code, step_bits)
+        return _Table.of(nearest(code, step_bits), code, step_bits, scale=1)
 
 
 def _search(values: Tensor, table: _Table, step_bits: int, window_bits: int) -> NDArray[np.uint16]:

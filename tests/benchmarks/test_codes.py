@@ -11,11 +11,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton compiles and interprets the codes")
 
 from benchmarks.codes.__main__ import CANDIDATES, HIGH_RATES, LOW_RATES, gaussian_table
-from benchmarks.codes.candidates import FoldedHalves
 from benchmarks.codes.measure import gap_db, gaussian_rings
 from benchmarks.codes.pareto import pareto_front
 from benchmarks.codes.sass import decode_cost, opcodes
-from qpc.quant.codebook import codebook
 
 
 def test_interpreter_decodes_as_numpy_does() -> None:
@@ -44,12 +42,6 @@ def _half(bits: int) -> Fraction:
     sign, exponent, mantissa = bits >> 15, bits >> 10 & 31, bits & 1023
     magnitude = Fraction(mantissa, 1 << 24) if exponent == 0 else Fraction(1024 + mantissa) * Fraction(2) ** (exponent - 25)
     return -magnitude if sign else magnitude
-
-
-@pytest.mark.parametrize(("step_bits", "winner"), [(2, LOW_RATES), (6, LOW_RATES), (7, HIGH_RATES), (12, HIGH_RATES)])
-def test_winners_are_the_codes_of_the_quantizer(step_bits: int, winner: FoldedHalves) -> None:
-    for window_bits in (12, 17):
-        assert np.array_equal(winner.decode(window_bits).astype(np.float32), codebook(step_bits, window_bits).numpy())
 
 
 def test_counter_finds_known_instructions() -> None:

@@ -31,7 +31,7 @@ def tables(codes: tuple[Code, ...]) -> tuple[dict[str, str], dict[str, Any]]:
     return present, {f"table_{i}": None for i in range(len(codes)) if f"table_{i}" not in present}
 
 
-WALK = {"values": "*fp32", "cells": "*i32", "table": "*u16", "history": "*u16", "joint": "*i32", "symbols": "*i32"}
+WALK = {"values": "*fp32", "cells": "*i32", "table": "*u16", "history": "*u16", "joint": "*i32", "symbols": "*i32", "addend": "fp32"}
 
 
 def vector(first: Code, second: Code, batch: int, warps: int) -> Case:
@@ -60,9 +60,15 @@ def rotation(base: int, power: int, members: int, warps: int) -> Case:
     return f"rotation {base} x {power}", hadamard._rotate_kernel, types, constants, warps
 
 
-def walk(suffix_bits: int, slots: int, long_tails: bool) -> Case:
-    constants = {"SUFFIX_BITS": suffix_bits, "SLOTS": slots, "LONG_TAILS": long_tails}
-    return f"walk of 2^{suffix_bits} suffixes, {slots} slots", viterbi._walk_kernel, WALK, constants, viterbi.walk_warps(suffix_bits)
+def walk(suffix_bits: int, slots: int, words: int) -> Case:
+    constants = {"SUFFIX_BITS": suffix_bits, "SLOTS": slots, "WORDS": words}
+    return (
+        f"walk of 2^{suffix_bits} suffixes, {slots} slots, {words} words",
+        viterbi._walk_kernel,
+        WALK,
+        constants,
+        viterbi.walk_warps(suffix_bits),
+    )
 
 
 TRACE: Case = ("trace", viterbi._trace_kernel, WALK, {}, 1)
@@ -79,7 +85,7 @@ KERNELS: list[Case] = [
     *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
-    *(walk(*each) for each in ((9, 8, True), (13, 4, False), (13, 8, True))),
+    *(walk(*each) for each in ((9, 8, 3), (13, 4, 2), (13, 8, 2))),
     TRACE,
 ]
 
@@ -93,3 +99,11 @@ def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: 
     assert used.registers * warps * 32 <= 65536, used
     assert used.shared <= 96 * 1024, used
     assert len(instructions(compiled)) > 10
+
+
+def test_a_window_is_hashed_by_one_fused_multiply_add() -> None:
+    """Two roundings would be another code, and so would a product that the compiler moves; bytes are added by dot products."""
+    _, kernel, types, constants, warps = dequantize(trellis(9))
+    ptx = compile_kernel(kernel, types, constants, 90, warps).asm["ptx"]
+    windows = ptx.count("fma.rn.f32")
+    assert windows > 0 and "f64" not in ptx and ptx.count("dp4a.s32.s32") == 6 * windows
