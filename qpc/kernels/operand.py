@@ -3,7 +3,7 @@
 A row x is `scale * (256 * high + low)` with float32 `scale` and signed bytes. The bytes of two neighbouring columns fill one 32-bit word of
 the B operand of `mma.m16n8k32.s8`, each twice, since a decoded weight is a sum of bytes that lie there as separate columns. Words are int32
 [column_blocks, batch, 2 (limb: high, low), 4 (t), 2 (half)]; the word of (column block, t, half) has columns c and c + 1, where
-c = 16 * column block + 8 * half + 2 * t. This file alone knows the order of the bytes in a word; the kernels ask `LIMB_REPEAT`.
+c = 16 * column block + 8 * half + 2 * t. This file alone knows the order of the bytes in a word.
 """
 
 import torch
@@ -18,8 +18,12 @@ PEAK = 32512
 LIMB_REPEAT = 0x00010001
 """The bytes (c, c + 1) of a limb, lowest first, times this are the bytes of a word: (c, c + 1, c, c + 1)."""
 
-_BYTE_OF_COLUMN = (0, 8)
-"""Where a word shows the limb of column c and of column c + 1: first bit."""
+SELECT_LOW = 0x4040
+SELECT_HIGH = 0x5151
+"""What `prmt` takes from two words, columns c and c + 1, to make a word: their lowest bytes, or their second."""
+
+_FIRST_BITS = (0, 8)
+"""Where a word shows the limb of column c and of column c + 1."""
 
 
 def peak_scales(x: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def empty_operand(batch: int, in_features: int, device: torch.device) -> tuple[T
 
 def unpack_operand(words: Tensor, scales: Tensor, in_features: int) -> Tensor:
     """The values of an operand: float64 [batch, in_features]. Arguments as `pack_operand` returns them."""
-    limbs = torch.stack([(words << (24 - bit)) >> 24 for bit in _BYTE_OF_COLUMN], -1)  # column block, row, limb, t, half, column
+    limbs = torch.stack([(words << (24 - bit)) >> 24 for bit in _FIRST_BITS], -1)  # column block, row, limb, t, half, column
     digits = 256 * limbs[:, :, 0] + limbs[:, :, 1]
     by_row = digits.permute(1, 0, 3, 2, 4).reshape(words.shape[1], -1)
     return by_row[:, :in_features].double() * scales.double()[:, None]

@@ -17,7 +17,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from qpc.kernels.hadamard import rotate
 from qpc.kernels.operand import LIMB_REPEAT, PEAK, empty_operand
 from qpc.quant.hadamard import factors, hadamard_matrix
 
@@ -160,7 +159,7 @@ class Plan:
     @property
     def programs(self) -> int:
         """Programs of a row."""
-        return triton.cdiv(self.outer, self.members)
+        return -(-self.outer // self.members)
 
 
 def plan(features: int, block: int) -> Plan | None:
@@ -209,9 +208,9 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _outer_matrix(outer: int, block: int, device: torch.device) -> Tensor:
-    """The outer factor of a block, float32: the base times the higher half of the power of two."""
+def _outer_matrix(outer: int, block: int, device: torch.device, transpose: bool = False) -> Tensor:
+    """The outer factor of a block, float32: the base times the highest part of the power of two."""
     base, _ = factors(block)
     with torch.inference_mode(False):
         matrix = torch.kron(hadamard_matrix(base), hadamard_matrix(outer // base))
-        return matrix.to(device=device, dtype=torch.float32).contiguous()
+        return (matrix.T if transpose else matrix).to(device=device, dtype=torch.float32).contiguous()
