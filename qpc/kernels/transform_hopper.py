@@ -7,7 +7,7 @@ between the lanes of a warp (one shuffle and one multiply-add a value), and only
 # mypy: disable-error-code="assignment, var-annotated"
 
 from triton.experimental import gluon  # type: ignore[import-untyped]
-from triton.experimental.gluon import language as gl
+from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
 from qpc.kernels.operand import PEAK, SELECT_HIGH, SELECT_LOW
