@@ -1,0 +1,216 @@
+"""Rotation, and RMSNorm before it, straight into the operand of the integer multiplication: one launch, float32 inside.
+
+A block of the rotation is `H_outer (kron) H_power`. A program makes `MEMBERS` output rows of the outer factor, each of `POWER` values, and
+for that reads its whole block; so a row is spread over several multiprocessors, which never wait for each other. The scale of a row must
+then be known before its rotated values are. The rotation keeps the norm of a block, and under random signs a rotated value is beyond c root
+mean squares with probability at most 2 exp(-c^2 / 2) (Hoeffding's inequality); never beyond sqrt(block) of them. So the scale holds
+min(8, sqrt(block)) root mean squares of the block, which every program has summed up; what is beyond saturates. A row in a single program
+can have the scale of its peak instead (`PEAK_SCALE`), about half as large.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from qpc.kernels.operand import LIMB_REPEAT, PEAK, empty_operand
+from qpc.quant.hadamard import factors, hadamard_matrix
+
+CREST = 8.0
+"""Root mean squares that the scale of a rotated block holds: a value is beyond with probability at most 2 exp(-32), 3e-14."""
+
+_PEAK = tl.constexpr(float(PEAK))
+_LIMB_REPEAT = tl.constexpr(LIMB_REPEAT)
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a float32 sum with it is rounded to the nearest integer, whose low bits are those of the sum."""
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _digits(values, inverse):
+    """Fixed-point values, int32, of float32 values over their scale."""
+    scaled = tl.minimum(tl.maximum(values * inverse, -_PEAK), _PEAK)
+    return (scaled + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+
+
+@triton.jit
+def _store_pairs(words, first, second, pair, row, batch, mask):
+    """Store fixed-point values of columns 2 pair and 2 pair + 1 of a row as one word for each limb."""
+    at = words + ((pair // 8 * batch + row) * 2) * 8 + pair % 4 * 2 + pair // 4 % 2
+    high = (((first + 128) >> 8) & 0xFF) | ((((second + 128) >> 8) & 0xFF) << 8)
+    low = (first & 0xFF) | ((second & 0xFF) << 8)
+    tl.store(at, high * _LIMB_REPEAT, mask=mask)
+    tl.store(at + 8, low * _LIMB_REPEAT, mask=mask)
+
+
+@triton.jit
+def _rotated_pairs(values, SIZE: tl.constexpr, STAGES: tl.constexpr):
+    """Sylvester's transform along groups of 2^STAGES consecutive values of a vector of SIZE; even and odd places, each [SIZE / 2]."""
+    for back in tl.static_range(STAGES - 1):
+        pairs = tl.permute(tl.reshape(values, (SIZE >> (STAGES - back), 2, 1 << (STAGES - 1 - back))), (0, 2, 1))
+        first, second = tl.split(pairs)
+        values = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), (SIZE,))
+    first, second = tl.split(tl.reshape(values, (SIZE // 2, 2)))
+    return first + second, first - second
+
+
+@triton.jit
+def _pack_kernel(x, words, scales, features, batch, x_stride, WIDTH: tl.constexpr):
+    """The operand of rows as they are, WIDTH at least as wide; the scale is that of the peak. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, WIDTH // 2)
+    first = tl.load(x + row * x_stride + 2 * pair, mask=2 * pair < features, other=0).to(tl.float32)
+    second = tl.load(x + row * x_stride + 2 * pair + 1, mask=2 * pair + 1 < features, other=0).to(tl.float32)
+    peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
+    inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
+    tl.store(scales + row, peak / _PEAK)
+    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, batch, pair < (features + 15) // 16 * 8)
+
+
+@triton.jit
+def _read(x, residual, weight, signs, hidden, row, octet, x_stride, residual_stride, features, offset, keep,
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Values to be rotated, float32: with their signs, in front of a norm times its weight; and the values that are normalized.
+
+    octet: [N], which eight features; returns [N, 8]. With a residual the sum is stored to `hidden` where `keep` is true.
+    """
+    feature = octet[:, None] * 8 + tl.arange(0, 8)[None, :]
+    value = tl.load(x + row * x_stride + feature)
+    if RESIDUAL:
+        other = tl.load(residual + row * residual_stride + feature)
+        value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
+        tl.store(hidden + row * features + feature, value, mask=keep & (feature >= 0))
+    plain = value.to(tl.float32)
+    signed = plain
+    if NORM:
+        signed = plain * (tl.load(weight + feature).to(tl.float32) + offset)
+    byte = tl.load(signs + octet).to(tl.int32)
+    flip = (byte[:, None] << (31 - tl.arange(0, 8))[None, :]) & -0x80000000
+    return (signed.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True), plain
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _transform_kernel(
+    x, residual, weight, signs, matrix, hidden, words, scales, features, batch, x_stride, residual_stride, eps, offset, crest,
+    OUTER: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr, MEMBERS: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, PEAK_SCALE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs (members of the outer factor, row). crest: root mean squares that the scale holds, unless PEAK_SCALE."""
+    SIZE: tl.constexpr = MEMBERS * POWER
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(1).to(tl.int64)
+    member = tl.program_id(0) * MEMBERS + tl.arange(0, MEMBERS)
+    octet = tl.arange(0, POWER // 8)
+    acc = tl.zeros((MEMBERS, POWER // 8, 8), tl.float32)
+    squares = tl.zeros((POWER // 8, 8), tl.float32)
+    energies = tl.zeros((POWER // 8, 8), tl.float32)
+    for source in tl.static_range(OUTER):
+        value, plain = _read(
+            x, residual, weight, signs, hidden, row, source * (POWER // 8) + octet, x_stride, residual_stride, features, offset,
+            source // MEMBERS == tl.program_id(0), NORM, RESIDUAL,
+        )  # fmt: skip
+        if NORM:
+            squares += plain * plain
+        energies += value * value
+        if OUTER == 1:
+            acc += value[None, :, :]
+        else:
+            acc += tl.load(matrix + member * OUTER + source, mask=member < OUTER, other=0)[:, None, None] * value[None, :, :]
+    first, second = _rotated_pairs(tl.reshape(acc, (SIZE,)), SIZE, STAGES)
+    if PEAK_SCALE:
+        peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
+    else:
+        peak = crest * tl.sqrt(tl.sum(tl.reshape(energies, (POWER,)), 0))
+    inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
+    scale = peak / _PEAK * tl.rsqrt(1.0 * features)
+    if NORM:
+        scale = scale * tl.rsqrt(tl.sum(tl.reshape(squares, (POWER,)), 0) / features + eps)
+    tl.store(scales + row, scale, mask=tl.program_id(0) == 0)
+    pair = tl.program_id(0) * (SIZE // 2) + tl.arange(0, SIZE // 2)
+    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, batch, pair < features // 2)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm in front of the rotation: `(x + residual) / rms * (weight + offset)`, rms with eps inside the root."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+    residual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a block is cut: `H_outer (kron) H_power`, members of the outer factor in a program."""
+
+    outer: int
+    power: int
+    members: int
+    warps: int
+    peak_scale: bool = False
+
+    @property
+    def programs(self) -> int:
+        """Programs of a row."""
+        return -(-self.outer // self.members)
+
+
+def plan(features: int, block: int) -> Plan | None:
+    """How to transform a row in one launch, or None where it takes more than one: several blocks, or a large or narrow factor."""
+    base, power = factors(block)
+    if block != features or power < MIN_POWER or base > MAX_OUTER:
+        return None
+    inner = min(power, MAX_POWER)
+    outer = features // inner
+    members = min(triton.next_power_of_2(outer), max(1, MIN_VALUES // inner))
+    return Plan(outer, inner, members, max(1, min(8, members * inner // 128)))
+
+
+MIN_POWER = 16
+MAX_POWER = 1024
+MIN_VALUES = 512
+MAX_OUTER = 64
+
+
+def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cut: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Words and scales of the operand of the rotated rows x [batch, features], and the sum with the residual (else `x` itself)."""
+    batch, features = x.shape
+    cut = plan(features, block) if cut is None else cut
+    assert cut is not None
+    words, scales = empty_operand(batch, features, x.device)
+    residual = None if norm is None else norm.residual
+    hidden = x if residual is None else torch.empty((batch, features), dtype=x.dtype, device=x.device)
+    crest = min(CREST, block**0.5)
+    _transform_kernel[(cut.programs, batch)](
+        x, residual, None if norm is None else norm.weight, signs, _outer_matrix(cut.outer, block, x.device), hidden, words, scales,
+        features, batch, x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.offset, crest,
+        OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
+        RESIDUAL=residual is not None, PEAK_SCALE=cut.peak_scale, PDL=False, num_warps=cut.warps,
+    )  # fmt: skip
+    return words, scales, hidden
+
+
+def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Words and scales of the operand of rows x [batch, features] as they are, by the scale of the peak."""
+    batch, features = x.shape
+    words, scales = empty_operand(batch, features, x.device)
+    width = max(32, triton.next_power_of_2(features))
+    _pack_kernel[(batch,)](x, words, scales, features, batch, x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
+    return words, scales
+
+
+@cache
+def _outer_matrix(outer: int, block: int, device: torch.device, transpose: bool = False) -> Tensor:
+    """The outer factor of a block, float32: the base times the highest part of the power of two."""
+    base, _ = factors(block)
+    with torch.inference_mode(False):
+        matrix = torch.kron(hadamard_matrix(base), hadamard_matrix(outer // base))
+        return (matrix.T if transpose else matrix).to(device=device, dtype=torch.float32).contiguous()
