@@ -1,7 +1,8 @@
 """Candidate codes: what a window decodes to, and the PTX that decodes it.
 
-A candidate's `decode` is the definition, in numpy, exact. Its `ptx` reads the shifted word `$1`, whose bits above the window are garbage,
-and leaves the pair as two halves in `$0`; extraction by a funnel shift is counted apart. Scales are free: they join the row's scale.
+A candidate's `decode` is the definition, in numpy, exact. Its `ptx` reads the shifted word, whose bits above the window are garbage, and
+leaves what the tensor core multiplies; extraction by a funnel shift is counted apart. Scales are free: they join the row's scale. The
+codes of this file leave the pair as two halves in `$0`, those of `byte_sums` two or three words of bytes.
 """
 
 from dataclasses import dataclass
@@ -25,18 +26,23 @@ class Code(Protocol):
     @property
     def dimension(self) -> int: ...
 
+    @property
+    def registers(self) -> int:
+        """32-bit registers that a pair takes to the tensor core: also its products per eight weights of a thread."""
+        ...
+
     def decode(self, window_bits: int) -> Points:
         """Weights of every window of this length."""
         ...
 
     def ptx(self, window_bits: int) -> str:
-        """Inline PTX from `$1` to the half2 `$0`."""
+        """Inline PTX from the word, `$N` with N = registers, to `$0` ... `$N-1`."""
         ...
 
 
 @dataclass(frozen=True)
 class MaskedByteDifferences:
-    """Sums of byte differences of one or two multiply-adds of the masked window. With two it is the code of `qpc.quant.codebook`.
+    """Sums of byte differences of one or two multiply-adds of the masked window.
 
     The PTX puts bytes under the exponent of 1024, so that they are halves without a conversion.
     """
@@ -47,6 +53,7 @@ class MaskedByteDifferences:
     """Bend the tails by t (1 + t^2 / 2^17), in halves."""
 
     dimension = 2
+    registers = 1
 
     @property
     def name(self) -> str:
@@ -60,7 +67,8 @@ class MaskedByteDifferences:
         if not self.cubic:
             return total
         small = (total / 256).astype(np.float16)
-        bend = (small.astype(np.float64) ** 2 * 0.5 + 1).astype(np.float16)
+        square = small * small
+        bend = (square.astype(np.float64) * 0.5 + 1).astype(np.float16)
         return (small * bend).astype(np.float64)
 
     def ptx(self, window_bits: int) -> str:
@@ -84,6 +92,7 @@ class MaskedHalves:
     flip: int = 0x3B60
 
     dimension = 2
+    registers = 1
 
     @property
     def name(self) -> str:
@@ -113,6 +122,7 @@ class OneHalf:
     addend: int = 64248484
 
     dimension = 1
+    registers = 1
     name = "1-D 3INST"
 
     def decode(self, window_bits: int) -> Points:
@@ -141,6 +151,7 @@ class Folded:
     fold: int
 
     dimension = 2
+    registers = 1
 
     def hashed(self, window_bits: int) -> NDArray[np.int64]:
         """h2 of every window."""

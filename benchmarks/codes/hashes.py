@@ -26,6 +26,17 @@ def multiply_high(words: Words, factor: int) -> Words:
     return (signed * factor >> 32) & MASK
 
 
+def multiply_wide(words: Words, factor: int) -> tuple[Words, Words]:
+    """Low and high 32 bits of the unsigned product with `factor`, which is in [0, 2^32) (one IMAD.WIDE)."""
+    product = words.astype(np.uint64) * np.uint64(factor)
+    return (product & np.uint64(MASK)).astype(np.int64), (product >> np.uint64(32)).astype(np.int64)
+
+
+def permute(words: Words, selector: int) -> Words:
+    """Byte i of the result is the byte that digit i of `selector`, 0 to 3, names (one PRMT)."""
+    return sum((byte(words, selector >> (4 * index) & 0xF) << (8 * index) for index in range(4)), start=np.zeros_like(words))
+
+
 def halves(words: Words) -> NDArray[np.float16]:
     """Bit patterns of two IEEE halves, the low one first: float16 [..., 2]."""
     pair = np.stack([words & 0xFFFF, words >> 16], axis=-1)
