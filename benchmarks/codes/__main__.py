@@ -38,12 +38,16 @@ TWO_WORDS = PermutedByteSums(0x4260FBF3, (0xAB8F3EFB, 0x65DA3213), (0x3AD5F537, 
 THREE_WORDS = PermutedByteSums(TWO_WORDS.spread, (*TWO_WORDS.factors, 0xBD5351A3), (*TWO_WORDS.addends, 0x8468433F))
 """The winners: sums of bytes, with one word more at high rates."""
 
+WIDE = (0xE4CD2FEB, 0xF34270C3)
+"""Spread and fold of the wide products of permuted bytes."""
+
 CANDIDATES: tuple[Code, ...] = (
     TWO_WORDS,
     THREE_WORDS,
     FoldedByteSums(*dataclasses.astuple(LOW_RATES)[:4]),
-    WideByteSums(TWO_WORDS.spread, 0xFB8F3EFB),
-    WideByteSums(TWO_WORDS.spread, 0xFB8F3EFB, 0x3213),
+    WideByteSums(0xEEC194E5, 0xF3ECE1E3),
+    WideByteSums(*WIDE, 0x3213),
+    WideByteSums(*WIDE, 0x3213, (THREE_WORDS.factors[2], THREE_WORDS.addends[2])),
     FoldedHalf(LOW_RATES.spread, LOW_RATES.fold),
     FoldedProduct(LOW_RATES.spread, LOW_RATES.fold),
     LOW_RATES,

@@ -105,11 +105,20 @@ class FoldedByteSums(ByteSums):
 
 @dataclass(frozen=True)
 class WideByteSums(ByteSums):
-    """Both words from one unsigned 64-bit product with `fold`, of a itself or of a permutation of its bytes."""
+    """Two words from one unsigned 64-bit product with `fold`, of a itself or of a permutation of its bytes.
+
+    The fold must be near 2^32, so that the top byte of the high word is nearly even.
+    """
 
     fold: int
     selector: int | None = None
     """Of `prmt`; None multiplies a itself."""
+    third: tuple[int, int] | None = None
+    """Factor and addend of a third word, a multiply-add of what the 64-bit product multiplies."""
+
+    @property
+    def registers(self) -> int:  # type: ignore[override]
+        return 2 if self.third is None else 3
 
     @property
     def columns(self) -> tuple[int, int, int, int]:  # type: ignore[override]
@@ -117,13 +126,16 @@ class WideByteSums(ByteSums):
 
     @property
     def name(self) -> str:
-        return f"byte sums, wide product{'' if self.selector is None else ', permuted'}"
+        permuted, third = "" if self.selector is None else ", permuted", "" if self.third is None else ", 3 words"
+        return f"byte sums, wide product{permuted}{third}"
 
     def hashed(self, window_bits: int) -> tuple[Words, ...]:
         a = self.spread_windows(window_bits)
-        return multiply_wide(a if self.selector is None else permute(a, self.selector), self.fold)
+        c = a if self.selector is None else permute(a, self.selector)
+        return (*multiply_wide(c, self.fold), *(() if self.third is None else (multiply_add(c, *self.third),)))
 
     def ptx(self, window_bits: int) -> str:
         permuted = "" if self.selector is None else f" prmt.b32 a,a,a,{self.selector};"
-        first = f"mul.lo.u32 a,$2,{self.factor(window_bits)};{permuted}"
-        return f".reg .b32 a; .reg .b64 p; {first} mul.wide.u32 p,a,{self.fold}; mov.b64 {{$0,$1}},p;"
+        third = "" if self.third is None else f" mad.lo.u32 $2,a,{self.third[0]},{self.third[1]};"
+        first = f"mul.lo.u32 a,${self.registers},{self.factor(window_bits)};{permuted}"
+        return f".reg .b32 a; .reg .b64 p; {first} mul.wide.u32 p,a,{self.fold}; mov.b64 {{$0,$1}},p;{third}"

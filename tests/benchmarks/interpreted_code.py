@@ -13,7 +13,10 @@ MASK = np.uint64(0xFFFFFFFF)
 
 
 def run(ptx: str, words: NDArray[np.int64], outputs: int) -> list[NDArray[np.int64]]:
-    """What `ptx` leaves in `$0`, `$1`, ... when `$outputs` holds `words`, of which the low 32 bits count: `outputs` arrays of their shape."""
+    """What `ptx` leaves in `$0`, `$1`, ... when `$outputs` holds `words`, of which the low 32 bits count.
+
+    words: any shape; the result is `outputs` arrays of that shape, values in [0, 2^32).
+    """
     registers: dict[str, Register] = {f"${outputs}": words.astype(np.uint64) & MASK}
     for line in filter(None, (part.strip() for part in ptx.split(";"))):
         opcode, operands = line.split(None, 1)
