@@ -6,10 +6,18 @@ The searches that led to a format stand beside it: `python -m benchmarks.codes`,
 import sys
 from importlib import import_module
 
+from benchmarks.rows import BenchmarkError
+
 BENCHMARKS = {
     "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
+    "check": "every kernel of a GPU against its oracle",
+    "kernels": "the fused multiplication on a GPU, against bf16 and int4",
+    "prefill": "linears of 2,048 tokens on a GPU, and decoding of weights",
+    "transform": "rotation of activations on a GPU, and RMSNorm",
+    "profile": "the latency table of a GPU",
+    "report": "a Markdown report and plots from the result files of a GPU",
 }
 
 
@@ -19,7 +27,11 @@ def main() -> int:
     if name not in BENCHMARKS:
         print("usage: python -m benchmarks NAME [options]\n", *(f"  {key:12} {text}" for key, text in BENCHMARKS.items()), sep="\n")
         return 0 if name in ("", "-h", "--help") else 2
-    import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    try:
+        import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    except BenchmarkError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

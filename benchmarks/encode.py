@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
         what = f"{row['preset']:8} L={row['window_bits']:<3} {row['rate']:<4} bit {'feedback' if row['feedback'] else '':9}"
         print(f"{what}{row['weights_per_s'] / 1e6:8.2f} M weights/s", flush=True)
         rows.append(row)
-    write_rows(options.json, "encode", rows)
+        write_rows(options.json, "encode", rows)
 
 
 def _rows(efforts: list[Effort], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
