@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.codes.candidates import Points
-from benchmarks.codes.hashes import Words, byte, multiply_add, multiply_high, multiply_wide, permute, windows
+from benchmarks.codes.hashes import Words, byte, fused_multiply_add, multiply_add, multiply_wide, permute, single_bits, windows
 
 BYTE_REVERSAL = 0x0123
 """Selector of `prmt` that puts the most significant byte lowest."""
@@ -21,13 +21,7 @@ BYTE_REVERSAL = 0x0123
 
 @dataclass(frozen=True)
 class ByteSums:
-    """The first hash of the window, and the sums; the words are up to the classes below.
-
-    a = word * (spread 2^(32 - window_bits)) mod 2^32 drops the garbage above the window by itself. Its top byte depends on the whole
-    window, byte 0 on nothing: it is zero up to windows of 24 bits.
-    """
-
-    spread: int
+    """The sums; the words are up to the classes below."""
 
     dimension: ClassVar[int] = 2
     registers: ClassVar[int] = 2
@@ -37,14 +31,6 @@ class ByteSums:
     @abstractmethod
     def hashed(self, window_bits: int) -> tuple[Words, ...]:
         """The words of every window: `registers` arrays of [2^window_bits]."""
-
-    def spread_windows(self, window_bits: int) -> Words:
-        """a of every window."""
-        return multiply_add(windows(window_bits), self.factor(window_bits))
-
-    def factor(self, window_bits: int) -> int:
-        """What a word is multiplied by first."""
-        return (self.spread << (32 - window_bits)) & 0xFFFFFFFF
 
     def decode(self, window_bits: int) -> Points:
         """Weights of every window of this length."""
@@ -57,8 +43,8 @@ class ByteSums:
 
 
 @dataclass(frozen=True)
-class PermutedByteSums(ByteSums):
-    """Each word is a multiply-add of c, which is a with its bytes reversed: what a low byte of a product sees is the best byte of a."""
+class MixedByteSums(ByteSums):
+    """Each word is a multiply-add of one hash of the window."""
 
     factors: tuple[int, ...]
     addends: tuple[int, ...]
@@ -67,75 +53,100 @@ class PermutedByteSums(ByteSums):
     def registers(self) -> int:  # type: ignore[override]
         return len(self.factors)
 
-    @property
-    def name(self) -> str:
-        return f"byte sums, {len(self.factors)} words"
+    @abstractmethod
+    def hash(self, window_bits: int) -> Words:
+        """What is mixed, of every window: [2^window_bits]."""
 
     def hashed(self, window_bits: int) -> tuple[Words, ...]:
-        c = permute(self.spread_windows(window_bits), BYTE_REVERSAL)
-        return tuple(multiply_add(c, factor, addend) for factor, addend in zip(self.factors, self.addends, strict=True))
+        mixed = self.hash(window_bits)
+        return tuple(multiply_add(mixed, factor, addend) for factor, addend in zip(self.factors, self.addends, strict=True))
 
-    def ptx(self, window_bits: int) -> str:
-        hashes = "".join(
-            f" mad.lo.u32 ${index},c,{factor},{addend};"
-            for index, (factor, addend) in enumerate(zip(self.factors, self.addends, strict=True))
-        )
-        first = f"mul.lo.u32 a,${self.registers},{self.factor(window_bits)};"
-        return f".reg .b32 a,c; {first} prmt.b32 c,a,a,{BYTE_REVERSAL};{hashes}"
+    def mixes(self) -> str:
+        """PTX from the hash, in register c, to the words."""
+        constants = enumerate(zip(self.factors, self.addends, strict=True))
+        return "".join(f" mad.lo.u32 ${index},c,{factor},{addend};" for index, (factor, addend) in constants)
 
 
 @dataclass(frozen=True)
-class FoldedByteSums(ByteSums):
-    """The hashes of `FoldedHalves`: u, the high half of the signed product of a with `fold`, and v, a multiply-add of u."""
+class FusedByteSums(MixedByteSums):
+    """The hash is g, the bits of a fused multiply-add in float32: g = f C + D, rounded once.
 
-    fold: int
-    mix: int
-    shift: int
+    f has the window in its mantissa, from 0.5 on. D is near -C times the middle of all f, so that g is small and of either sign: its
+    mantissa has the middle bits of the product, which depend on the whole window, and sign and exponent depend on it as well.
+    """
 
-    name = "byte sums, folded"
+    scale: float
+    """C, a float32."""
 
-    def hashed(self, window_bits: int) -> tuple[Words, ...]:
-        u = multiply_high(self.spread_windows(window_bits), self.fold)
-        return u, multiply_add(u, self.mix, self.shift)
+    start: ClassVar[int] = 0x3F000000
+    """Bits of 0.5. The highest bit of a window of 24 bits doubles f instead."""
+
+    @property
+    def name(self) -> str:
+        return f"byte sums, fused, {len(self.factors)} words"
+
+    def offset(self, window_bits: int) -> float:
+        """D."""
+        return float(np.float32(-self.scale * (0.5 + 2.0 ** (window_bits - 25))))
+
+    def hash(self, window_bits: int) -> Words:
+        return fused_multiply_add(windows(window_bits) | self.start, self.scale, self.offset(window_bits))
 
     def ptx(self, window_bits: int) -> str:
-        first = f"mul.lo.u32 a,$2,{self.factor(window_bits)}; mul.hi.s32 u,a,{self.fold};"
-        return f".reg .b32 a,u; {first} mad.lo.u32 $1,u,{self.mix},{self.shift}; mov.b32 $0,u;"
+        scale, offset = (f"0f{single_bits(each):08X}" for each in (self.scale, self.offset(window_bits)))
+        mask = f"lop3.b32 c,${self.registers},{(1 << window_bits) - 1},{self.start},0xea; mov.b32 f,c;"
+        return f".reg .b32 c; .reg .f32 f; {mask} fma.rn.f32 f,f,{scale},{offset}; mov.b32 c,f;{self.mixes()}"
+
+
+def spread_windows(spread: int, window_bits: int) -> Words:
+    """a = word * (spread 2^(32 - window_bits)) mod 2^32, which drops the garbage above the window by itself: [2^window_bits].
+
+    Its top byte depends on the whole window, byte 0 on nothing: it is zero up to windows of 24 bits.
+    """
+    return multiply_add(windows(window_bits), spread_factor(spread, window_bits))
+
+
+def spread_factor(spread: int, window_bits: int) -> int:
+    """What a word is multiplied by to spread its window."""
+    return (spread << (32 - window_bits)) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class PermutedByteSums(MixedByteSums):
+    """The hash is a with its bytes reversed: what a low byte of a product sees is then the best byte of a."""
+
+    spread: int
+
+    @property
+    def name(self) -> str:
+        return f"byte sums, permuted, {len(self.factors)} words"
+
+    def hash(self, window_bits: int) -> Words:
+        return permute(spread_windows(self.spread, window_bits), BYTE_REVERSAL)
+
+    def ptx(self, window_bits: int) -> str:
+        first = f"mul.lo.u32 c,${self.registers},{spread_factor(self.spread, window_bits)};"
+        return f".reg .b32 c; {first} prmt.b32 c,c,c,{BYTE_REVERSAL};{self.mixes()}"
 
 
 @dataclass(frozen=True)
 class WideByteSums(ByteSums):
-    """Two words from one unsigned 64-bit product with `fold`, of a itself or of a permutation of its bytes.
+    """Two words from one unsigned 64-bit product with `fold`, of a with its bytes permuted.
 
     The fold must be near 2^32, so that the top byte of the high word is nearly even.
     """
 
+    spread: int
     fold: int
-    selector: int | None = None
-    """Of `prmt`; None multiplies a itself."""
-    third: tuple[int, int] | None = None
-    """Factor and addend of a third word, a multiply-add of what the 64-bit product multiplies."""
 
-    @property
-    def registers(self) -> int:  # type: ignore[override]
-        return 2 if self.third is None else 3
-
-    @property
-    def columns(self) -> tuple[int, int, int, int]:  # type: ignore[override]
-        return (0, 1, 0, 1) if self.selector is None else (0, 1, 1, 0)
-
-    @property
-    def name(self) -> str:
-        permuted, third = "" if self.selector is None else ", permuted", "" if self.third is None else ", 3 words"
-        return f"byte sums, wide product{permuted}{third}"
+    columns: ClassVar[tuple[int, int, int, int]] = (0, 1, 1, 0)
+    selector: ClassVar[int] = 0x3213
+    """Of `prmt`."""
+    name = "byte sums, wide product"
 
     def hashed(self, window_bits: int) -> tuple[Words, ...]:
-        a = self.spread_windows(window_bits)
-        c = a if self.selector is None else permute(a, self.selector)
-        return (*multiply_wide(c, self.fold), *(() if self.third is None else (multiply_add(c, *self.third),)))
+        return multiply_wide(permute(spread_windows(self.spread, window_bits), self.selector), self.fold)
 
     def ptx(self, window_bits: int) -> str:
-        permuted = "" if self.selector is None else f" prmt.b32 a,a,a,{self.selector};"
-        third = "" if self.third is None else f" mad.lo.u32 $2,a,{self.third[0]},{self.third[1]};"
-        first = f"mul.lo.u32 a,${self.registers},{self.factor(window_bits)};{permuted}"
-        return f".reg .b32 a; .reg .b64 p; {first} mul.wide.u32 p,a,{self.fold}; mov.b64 {{$0,$1}},p;{third}"
+        first = f"mul.lo.u32 a,$2,{spread_factor(self.spread, window_bits)}; prmt.b32 a,a,a,{self.selector};"
+        return f".reg .b32 a; .reg .b64 p; {first} mul.wide.u32 p,a,{self.fold}; mov.b64 {{$0,$1}},p;"

@@ -17,10 +17,11 @@ WORDS = (16, 8)
 """Words of a thread in the two kernels whose difference is counted."""
 
 LOGIC = {"LOP3", "SHF", "PRMT", "IADD3", "SGXT", "VIADD", "LEA", "I2FP", "SEL", "HMNMX2"}
-"""Opcodes of the integer and logic pipe of sm_90: one warp instruction in two clocks per sub-partition."""
+"""Opcodes of the integer and logic pipe: two clocks for a warp instruction on one of the four sub-partitions, measured on an H100."""
 
 INTEGER_MULTIPLY = {"IMAD", "IDP"}
-"""Opcodes of the heavy half of the multiply pipe, at the same rate. IMAD.HI and IMAD.WIDE are taken to need four clocks: not measured."""
+"""Opcodes of the pipe of integer multiplications: two clocks, and four for IMAD.HI, both measured on an H100; IMAD.WIDE is taken for the
+like of IMAD.HI. What is in neither list, such as FFMA and HADD2, takes one clock, which is that of its issue."""
 
 IDLE = {"NOP", "MOV", "IMAD.MOV"}
 """Opcodes that are not counted."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.codes.byte_sums import PermutedByteSums
-from benchmarks.codes.candidates import Code, FoldedHalves, MaskedHalves
+from benchmarks.codes.byte_sums import FusedByteSums, PermutedByteSums
+from benchmarks.codes.candidates import Code, FoldedHalves
 from benchmarks.codes.measure import gap_db, gaussian_rings
 
 SCREEN = ((4, 0.98), (6, 0.935))
@@ -27,15 +27,16 @@ def folded_halves(constants: Sequence[int]) -> FoldedHalves:
     return FoldedHalves(spread, fold >> 1 | 0x40000001, mix, shift)
 
 
-def masked_halves(constants: Sequence[int]) -> MaskedHalves:
-    """Odd constants to a code of the masked window."""
-    return MaskedHalves((constants[0], constants[1]), (constants[2], constants[3]))
-
-
 def permuted_byte_sums(constants: Sequence[int]) -> PermutedByteSums:
     """Odd constants to a code of two words."""
     spread, *others = constants
-    return PermutedByteSums(spread, (others[0], others[1]), (others[2], others[3]))
+    return PermutedByteSums((others[0], others[1]), (others[2], others[3]), spread)
+
+
+def fused_byte_sums(constants: Sequence[int]) -> FusedByteSums:
+    """Odd constants to a code of two words; the first gives the mantissa of the scale, which lies in [1, 2)."""
+    scale, *others = constants
+    return FusedByteSums((others[0], others[1]), (others[2], others[3]), 1 + (scale & 0x7FFFFF) / 2**23)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Family:
     constants: int
 
 
-FAMILIES = (Family(folded_halves, 4), Family(masked_halves, 4), Family(permuted_byte_sums, 5))
+FAMILIES = (Family(folded_halves, 4), Family(permuted_byte_sums, 5), Family(fused_byte_sums, 5))
 
 
 def search(family: Family, count: int, seed: int, rings: int) -> list[Found]:

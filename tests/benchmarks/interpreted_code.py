@@ -32,9 +32,14 @@ def run(ptx: str, words: NDArray[np.int64], outputs: int) -> list[NDArray[np.int
             low, high = sources[0].strip("{}").split(",")
             registers[target] = registers[low] | registers[high] << part
         else:
-            values = [registers[each] if each in registers else np.full(words.shape, int(each, 0), np.uint64) for each in sources]
+            values = [registers[each] if each in registers else np.full(words.shape, _literal(each), np.uint64) for each in sources]
             registers[target] = INSTRUCTIONS[opcode](*values)
     return [registers[f"${index}"].astype(np.int64) for index in range(outputs)]
+
+
+def _literal(text: str) -> int:
+    """Bits of an integer, or of a single-precision constant such as `0f3F800000`."""
+    return int(text[2:], 16) if text.startswith("0f") else int(text, 0)
 
 
 def _multiply_high_signed(a: Register, b: Register) -> Register:
@@ -71,6 +76,12 @@ def _on_halves(operation: Callable[..., NDArray[np.float64]]) -> Callable[..., R
     return apply
 
 
+def _fused_singles(a: Register, b: Register, c: Register) -> Register:
+    """Rounded once: float64 holds the exact result of what the codes do."""
+    exact = [each.astype(np.uint32).view(np.float32).astype(np.float64) for each in (a, b, c)]
+    return (exact[0] * exact[1] + exact[2]).astype(np.float32).view(np.uint32).astype(np.uint64)
+
+
 INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -84,6 +95,7 @@ INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "add.rn.f16x2": _on_halves(lambda a, b: a + b),
     "sub.rn.f16x2": _on_halves(lambda a, b: a - b),
     "mul.rn.f16x2": _on_halves(lambda a, b: a * b),
+    "fma.rn.f32": _fused_singles,
     "fma.rn.f16x2": _on_halves(lambda a, b, c: a * b + c),
 }
 """By opcode; moves to and from a pair in braces are in `run`."""
