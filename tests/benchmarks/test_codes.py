@@ -37,7 +37,7 @@ def test_ptx_decodes_as_numpy_does(code: Code, window_bits: int) -> None:
         assert np.array_equal(pairs, points[chosen])
 
 
-@pytest.mark.parametrize("window_bits", [8, 16, 23, 24])
+@pytest.mark.parametrize("window_bits", [8, 16, 24])
 @pytest.mark.parametrize("code", [TWO_WORDS, THREE_WORDS], ids=lambda code: code.name)
 def test_winners_are_these_integers(code: FusedByteSums, window_bits: int) -> None:
     points = code.decode(window_bits)
@@ -61,7 +61,7 @@ def _single(value: Fraction) -> int:
     return (value < 0) << 31 | exponent_bits + round(magnitude * 2**23)
 
 
-@pytest.mark.parametrize("window_bits", range(8, 23))
+@pytest.mark.parametrize("window_bits", range(8, 21))
 @pytest.mark.parametrize("code", [TWO_WORDS, THREE_WORDS], ids=lambda code: code.name)
 def test_winners_are_as_wide_as_independent_bytes(code: FusedByteSums, window_bits: int) -> None:
     points = code.decode(window_bits)
