@@ -1,7 +1,8 @@
 """Candidate codes: what a window decodes to, and the PTX that decodes it.
 
-A candidate's `decode` is the definition, in numpy, exact. Its `ptx` reads the shifted word `$1`, whose bits above the window are garbage,
-and leaves the pair as two halves in `$0`; extraction by a funnel shift is counted apart. Scales are free: they join the row's scale.
+A candidate's `decode` is the definition, in numpy, exact. Its `ptx` reads the shifted word, whose bits above the window are garbage, and
+leaves what the tensor core multiplies; extraction by a funnel shift is counted apart. Scales are free: they join the row's scale. The
+codes of this file leave the pair as two halves in `$0`, those of `byte_sums` two or three words of bytes.
 """
 
 from dataclasses import dataclass
@@ -25,52 +26,49 @@ class Code(Protocol):
     @property
     def dimension(self) -> int: ...
 
+    @property
+    def registers(self) -> int:
+        """32-bit registers that a pair takes to the tensor core: also its products per eight weights of a thread."""
+        ...
+
     def decode(self, window_bits: int) -> Points:
         """Weights of every window of this length."""
         ...
 
     def ptx(self, window_bits: int) -> str:
-        """Inline PTX from `$1` to the half2 `$0`."""
+        """Inline PTX from the word, `$N` with N = registers, to `$0` ... `$N-1`."""
         ...
 
 
 @dataclass(frozen=True)
 class MaskedByteDifferences:
-    """Sums of byte differences of one or two multiply-adds of the masked window. With two it is the code of `qpc.quant.codebook`.
+    """Sums of byte differences of one or two multiply-adds of the masked window.
 
     The PTX puts bytes under the exponent of 1024, so that they are halves without a conversion.
     """
 
     factors: tuple[int, ...]
     addends: tuple[int, ...]
-    cubic: bool = False
-    """Bend the tails by t (1 + t^2 / 2^17), in halves."""
 
     dimension = 2
+    registers = 1
 
     @property
     def name(self) -> str:
-        return f"byte differences of {len(self.factors)}{', cubic' if self.cubic else ''}"
+        return f"byte differences of {len(self.factors)}"
 
     def decode(self, window_bits: int) -> Points:
         total = np.zeros((1 << window_bits, 2))
         for factor, addend in zip(self.factors, self.addends, strict=True):
             h = multiply_add(windows(window_bits), factor, addend)
             total += np.stack([byte(h, 2) - byte(h, 1), byte(h, 3) - byte(h, 0)], axis=-1)
-        if not self.cubic:
-            return total
-        small = (total / 256).astype(np.float16)
-        bend = (small.astype(np.float64) ** 2 * 0.5 + 1).astype(np.float16)
-        return (small * bend).astype(np.float64)
+        return total
 
     def ptx(self, window_bits: int) -> str:
         lines = [".reg .b32 w,h,a,b,s,t,c;", f"and.b32 w,$1,{(1 << window_bits) - 1};", "mov.b32 c,0x64646464;"]
         for index, (factor, addend) in enumerate(zip(self.factors, self.addends, strict=True)):
             lines += [f"mad.lo.u32 h,w,{factor},{addend};", "prmt.b32 a,h,c,0x4342;", "prmt.b32 b,h,c,0x4041;"]
             lines += ["sub.rn.f16x2 t,a,b;", "mov.b32 s,t;" if index == 0 else "add.rn.f16x2 s,s,t;"]
-        if self.cubic:
-            lines += ["mov.b32 a,0x1c001c00;", "mul.rn.f16x2 s,s,a;", "mul.rn.f16x2 t,s,s;", "mov.b32 a,0x38003800;"]
-            lines += ["mov.b32 b,0x3c003c00;", "fma.rn.f16x2 t,t,a,b;", "mul.rn.f16x2 s,s,t;"]
         return " ".join([*lines, "mov.b32 $0,s;"])
 
 
@@ -84,6 +82,7 @@ class MaskedHalves:
     flip: int = 0x3B60
 
     dimension = 2
+    registers = 1
 
     @property
     def name(self) -> str:
@@ -113,6 +112,7 @@ class OneHalf:
     addend: int = 64248484
 
     dimension = 1
+    registers = 1
     name = "1-D 3INST"
 
     def decode(self, window_bits: int) -> Points:
@@ -141,6 +141,7 @@ class Folded:
     fold: int
 
     dimension = 2
+    registers = 1
 
     def hashed(self, window_bits: int) -> NDArray[np.int64]:
         """h2 of every window."""
@@ -163,25 +164,6 @@ class FoldedHalf(Folded):
 
     def ptx(self, window_bits: int) -> str:
         return f"{self.hash_ptx(window_bits)} and.b32 $0,a,0x8fff8fff;"
-
-
-@dataclass(frozen=True)
-class FoldedProduct(Folded):
-    """A uniform fixed-point half (h2) times a common random size in [1, 4) that the high bits of h1 give."""
-
-    name = "folded, uniform x common size"
-
-    def decode(self, window_bits: int) -> Points:
-        h1 = multiply_add(windows(window_bits), (self.spread << (32 - window_bits)) & 0xFFFFFFFF)
-        size = halves((h1 & 0x07FF07FF) ^ 0x38003800)[:, 1:]
-        return (halves(self.hashed(window_bits) & 0x87FF87FF) * size).astype(np.float64)
-
-    def ptx(self, window_bits: int) -> str:
-        factor = (self.spread << (32 - window_bits)) & 0xFFFFFFFF
-        return (
-            f".reg .b32 a,b; .reg .b16 l,h; mul.lo.u32 a,$1,{factor}; mul.hi.s32 b,a,{self.fold}; and.b32 b,b,0x87ff87ff;"
-            " lop3.b32 a,a,0x07ff07ff,0x38003800,0x6a; mov.b32 {l,h},a; mov.b32 a,{h,h}; mul.rn.f16x2 $0,b,a;"
-        )
 
 
 @dataclass(frozen=True)

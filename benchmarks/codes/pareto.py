@@ -15,7 +15,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(rows: Sequence[dict[str, Any]], rates: Sequence[float], path: Path) -> None:
-    """One panel per rate: gap in dB against instructions per weight, with the front and the Gaussian table's gap."""
+    """One panel per rate: gap in dB against clocks per weight, with the front and the Gaussian table's gap."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +25,7 @@ def draw(rows: Sequence[dict[str, Any]], rates: Sequence[float], path: Path) -> 
     numbers = {name: str(number) for number, name in enumerate(dict.fromkeys(row["code"] for row in rows if _counted(row)), start=1)}
     for axes, rate in zip(panels[0], rates, strict=True):
         here = [row for row in rows if row["rate"] == rate and _counted(row)]
-        points = [(row["instructions_per_weight"], row["gap_db"]) for row in here]
+        points = [(row["clocks_per_weight"], row["gap_db"]) for row in here]
         front = pareto_front(points)
         axes.plot(*zip(*(points[index] for index in front), strict=True), drawstyle="steps-post", color="#0f62fe", linewidth=1.2)
         for index, (point, row) in enumerate(zip(points, here, strict=True)):
@@ -35,7 +35,7 @@ def draw(rows: Sequence[dict[str, Any]], rates: Sequence[float], path: Path) -> 
         for row in rows:
             if row["rate"] == rate and not _counted(row):
                 axes.axhline(row["gap_db"], color="#555555", linestyle="--", linewidth=0.8)
-        axes.set(xlabel="instructions per weight (sm_90)", ylabel="gap to the bound, dB", title=f"{rate:g} bits")
+        axes.set(xlabel="decoding, clocks per weight (sm_90)", ylabel="gap to the bound, dB", title=f"{rate:g} bits")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     legend = [plt.Line2D([], [], linestyle="", label=f"{number}  {name}") for name, number in numbers.items()]

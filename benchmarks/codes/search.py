@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.codes.candidates import Code, FoldedHalves, MaskedHalves
+from benchmarks.codes.byte_sums import FusedByteSums, PermutedByteSums
+from benchmarks.codes.candidates import Code, FoldedHalves
 from benchmarks.codes.measure import gap_db, gaussian_rings
 
 SCREEN = ((4, 0.98), (6, 0.935))
@@ -26,20 +27,35 @@ def folded_halves(constants: Sequence[int]) -> FoldedHalves:
     return FoldedHalves(spread, fold >> 1 | 0x40000001, mix, shift)
 
 
-def masked_halves(constants: Sequence[int]) -> MaskedHalves:
-    """Odd constants to a code of the masked window."""
-    return MaskedHalves((constants[0], constants[1]), (constants[2], constants[3]))
+def permuted_byte_sums(constants: Sequence[int]) -> PermutedByteSums:
+    """Odd constants to a code of two words."""
+    spread, *others = constants
+    return PermutedByteSums((others[0], others[1]), (others[2], others[3]), spread)
 
 
-FAMILIES: tuple[Callable[[Sequence[int]], Code], ...] = (folded_halves, masked_halves)
+def fused_byte_sums(constants: Sequence[int]) -> FusedByteSums:
+    """Odd constants to a code of two words; the first gives the mantissa of the scale, which lies in [1, 2)."""
+    scale, *others = constants
+    return FusedByteSums((others[0], others[1]), (others[2], others[3]), 1 + (scale & 0x7FFFFF) / 2**23)
 
 
-def search(make: Callable[[Sequence[int]], Code], count: int, seed: int, rings: int) -> list[Found]:
-    """`count` random sets of four odd constants, best sum of gaps first."""
+@dataclass(frozen=True)
+class Family:
+    """Codes that differ in their constants only."""
+
+    make: Callable[[Sequence[int]], Code]
+    constants: int
+
+
+FAMILIES = (Family(folded_halves, 4), Family(permuted_byte_sums, 5), Family(fused_byte_sums, 5))
+
+
+def search(family: Family, count: int, seed: int, rings: int) -> list[Found]:
+    """`count` random sets of odd constants, best sum of gaps first."""
     generator, weights = np.random.default_rng(seed), gaussian_rings(rings, seed)
     found = []
     for _ in range(count):
-        code = make([int(value) | 1 for value in generator.integers(0, 1 << 32, 4)])
+        code = family.make([int(value) | 1 for value in generator.integers(0, 1 << 32, family.constants)])
         gaps = tuple(gap_db(code.decode(bits + 12), code.dimension, bits, weights, spread) for bits, spread in SCREEN)
         found.append(Found(code, gaps))
     return sorted(found, key=lambda each: sum(each.gaps_db))

@@ -38,13 +38,13 @@ def _digits(values, inverse):
 
 
 @triton.jit
-def _store_pairs(words, first, second, pair, row, batch, mask):
+def _store_pairs(words, first, second, pair, row, rows, mask):
     """Store fixed-point values of columns 2 pair and 2 pair + 1 of a row as one word for each limb."""
-    at = words + ((pair // 8 * batch + row) * 2) * 8 + pair % 4 * 2 + pair // 4 % 2
+    at = words + (pair // 4 * rows + row) * 8 + pair % 4
     high = (((first + 128) >> 8) & 0xFF) | ((((second + 128) >> 8) & 0xFF) << 8)
     low = (first & 0xFF) | ((second & 0xFF) << 8)
     tl.store(at, high * _LIMB_REPEAT, mask=mask)
-    tl.store(at + 8, low * _LIMB_REPEAT, mask=mask)
+    tl.store(at + 4, low * _LIMB_REPEAT, mask=mask)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _rotated_pairs(values, SIZE: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _pack_kernel(x, words, scales, features, batch, x_stride, WIDTH: tl.constexpr):
+def _pack_kernel(x, words, scales, features, rows, x_stride, WIDTH: tl.constexpr):
     """The operand of rows as they are, WIDTH at least as wide; the scale is that of the peak. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, WIDTH // 2)
@@ -68,7 +68,7 @@ def _pack_kernel(x, words, scales, features, batch, x_stride, WIDTH: tl.constexp
     peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
     tl.store(scales + row, peak / _PEAK)
-    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, batch, pair < (features + 15) // 16 * 8)
+    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, rows, pair < (features + 15) // 16 * 8)
 
 
 @triton.jit
@@ -93,9 +93,9 @@ def _read(x, residual, weight, signs, hidden, row, octet, x_stride, residual_str
     return (signed.to(tl.int32, bitcast=True) ^ flip).to(tl.float32, bitcast=True), plain
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["rows"])
 def _transform_kernel(
-    x, residual, weight, signs, matrix, hidden, words, scales, features, batch, x_stride, residual_stride, eps, offset, crest,
+    x, residual, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, residual_stride, eps, offset, crest,
     OUTER: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr, MEMBERS: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, PEAK_SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def _transform_kernel(
         scale = scale * tl.rsqrt(tl.sum(tl.reshape(squares, (POWER,)), 0) / features + eps)
     tl.store(scales + row, scale, mask=tl.program_id(0) == 0)
     pair = tl.program_id(0) * (SIZE // 2) + tl.arange(0, SIZE // 2)
-    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, batch, pair < features // 2)
+    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, rows, pair < features // 2)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cu
     crest = min(CREST, block**0.5)
     _transform_kernel[(cut.programs, batch)](
         x, residual, None if norm is None else norm.weight, signs, _outer_matrix(cut.outer, block, x.device), hidden, words, scales,
-        features, batch, x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+        features, words.shape[2], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset, crest,
         OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
         RESIDUAL=residual is not None, PEAK_SCALE=cut.peak_scale, PDL=False, num_warps=cut.warps,
@@ -203,7 +203,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, features = x.shape
     words, scales = empty_operand(batch, features, x.device)
     width = max(32, triton.next_power_of_2(features))
-    _pack_kernel[(batch,)](x, words, scales, features, batch, x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
+    _pack_kernel[(batch,)](x, words, scales, features, words.shape[2], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
     return words, scales
 
 

@@ -81,9 +81,9 @@ def _digits(values, inverse):
     return (scaled + _ROUND).to(gl.int32, bitcast=True)
 
 
-@gluon.jit(do_not_specialize=["batch"])
+@gluon.jit(do_not_specialize=["rows"])
 def transform_kernel(
-    x, residual, weight, signs, matrix, hidden, words, scales, features, batch, x_stride, residual_stride, eps, offset,
+    x, residual, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, residual_stride, eps, offset,
     CREST: gl.constexpr, OUTER: gl.constexpr, POWER: gl.constexpr, MEMBERS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
     NORM: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -156,9 +156,9 @@ def transform_kernel(
     digits = _digits(values, inverse)
     first, second = gl.split(gl.reshape(digits, (SIZE // 2, 2)))
     pair = first_member * (POWER // 2) + gl.arange(0, SIZE // 2, first.type.layout)
-    at = words + ((pair // 8 * batch + row) * 2) * 8 + pair % 4 * 2 + pair // 4 % 2
+    at = words + (pair // 4 * rows + row) * 8 + pair % 4
     kept = pair < features // 2
     low = gl.inline_asm_elementwise(_LOW, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1)
     high = gl.inline_asm_elementwise(_HIGH, "=r,r,r", [first + 128, second + 128], dtype=gl.int32, is_pure=True, pack=1)
     gl.store(at, high, mask=kept)
-    gl.store(at + 8, low, mask=kept)
+    gl.store(at + 4, low, mask=kept)

@@ -1,8 +1,5 @@
 """The search for codes: its definitions are exact, its counter counts, its front is the front."""
 
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -10,21 +7,86 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton compiles and interprets the codes")
 
-from benchmarks.codes.__main__ import CANDIDATES, HIGH_RATES, LOW_RATES, gaussian_table
+from benchmarks.codes.__main__ import CANDIDATES, HIGH_RATES, LOW_RATES, THREE_WORDS, TWO_WORDS, gaussian_table
+from benchmarks.codes.byte_sums import ByteSums, FusedByteSums
+from benchmarks.codes.candidates import Code
+from benchmarks.codes.hashes import byte, halves
 from benchmarks.codes.measure import gap_db, gaussian_rings
 from benchmarks.codes.pareto import pareto_front
 from benchmarks.codes.sass import decode_cost, opcodes
+from qpc.quant.codebook import codebook
+from tests.benchmarks.interpreted_code import run
 
 
-def test_interpreter_decodes_as_numpy_does() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.benchmarks.interpreted_code"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr
+@pytest.mark.parametrize("window_bits", [12, 16, 20])
+@pytest.mark.parametrize("code", CANDIDATES, ids=lambda code: code.name)
+def test_ptx_decodes_as_numpy_does(code: Code, window_bits: int) -> None:
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(0, 1 << window_bits, 4096)
+    words = chosen | generator.integers(0, 1 << (32 - window_bits), 4096) << window_bits
+    made = run(code.ptx(window_bits), words, code.registers)
+    if code.registers > 1:
+        bytes_made = np.stack([(each >> 8 * index & 0xFF ^ 0x80) - 0x80 for each in made for index in range(4)], axis=-1)
+        columns = code.registers * code.columns if isinstance(code, ByteSums) else ()
+        pairs = np.stack([bytes_made[:, np.array(columns) == weight].sum(axis=1) for weight in (0, 1)], axis=-1).astype(np.float64)
+    else:
+        pairs = halves(made[0]).astype(np.float64)
+    points = code.decode(window_bits)
+    if code.dimension == 1:  # The second window of the pair is the top of the word.
+        assert np.array_equal(pairs, np.stack([points[chosen, 0], points[words >> (32 - window_bits), 0]], axis=-1))
+    else:
+        assert np.array_equal(pairs, points[chosen])
+
+
+@pytest.mark.parametrize(("step_bits", "winner"), [(2, TWO_WORDS), (8, TWO_WORDS), (9, THREE_WORDS), (12, THREE_WORDS)])
+def test_winners_are_the_codes_of_the_quantizer(step_bits: int, winner: FusedByteSums) -> None:
+    for window_bits in (12, 17):
+        assert np.array_equal(winner.decode(window_bits).astype(np.float32), codebook(step_bits, window_bits).numpy())
+
+
+@pytest.mark.parametrize("window_bits", [8, 16, 24])
+@pytest.mark.parametrize("code", [TWO_WORDS, THREE_WORDS], ids=lambda code: code.name)
+def test_winners_are_these_integers(code: FusedByteSums, window_bits: int) -> None:
+    points = code.decode(window_bits)
+    for window in range(0, 1 << window_bits, max(1, (1 << window_bits) // 101)):
+        doubled, mantissa = divmod(window, 2**23)
+        f = (Fraction(1, 2) + Fraction(mantissa, 2**24)) * 2**doubled
+        g = _single(f * Fraction(code.scale) + Fraction(code.offset(window_bits)))
+        words = [(g * factor + addend) % 2**32 for factor, addend in zip(code.factors, code.addends, strict=True)]
+        signed = np.array([list(word.to_bytes(4, "little")) for word in words], dtype=np.uint8).view(np.int8).astype(int)
+        assert points[window].tolist() == [signed[:, 0::2].sum(), signed[:, 1::2].sum()]
+
+
+def _single(value: Fraction) -> int:
+    """Bits of the float32 nearest to a number of normal size, the even one of two."""
+    magnitude, exponent = abs(value), 0
+    while magnitude >= 2:
+        magnitude, exponent = magnitude / 2, exponent + 1
+    while 0 < magnitude < 1:
+        magnitude, exponent = magnitude * 2, exponent - 1
+    exponent_bits = exponent + 126 << 23 if magnitude else 0  # The leading bit of the mantissa adds one more.
+    return (value < 0) << 31 | exponent_bits + round(magnitude * 2**23)
+
+
+@pytest.mark.parametrize("window_bits", range(8, 21))
+@pytest.mark.parametrize("code", [TWO_WORDS, THREE_WORDS], ids=lambda code: code.name)
+def test_winners_are_as_wide_as_independent_bytes(code: FusedByteSums, window_bits: int) -> None:
+    points = code.decode(window_bits)
+    assert np.allclose(points.std(axis=0), np.sqrt(2 * code.registers * (2**16 - 1) / 12), rtol=1.2 / np.sqrt(len(points)) + 0.005)
+    assert abs(np.corrcoef(points.T)[0, 1]) < 4 / np.sqrt(len(points)) + 0.001
+
+
+@pytest.mark.parametrize("code", [TWO_WORDS, THREE_WORDS], ids=lambda code: code.name)
+def test_bytes_of_the_winners_are_even(code: FusedByteSums) -> None:
+    """As even as random ones are: every value of every byte comes up in 1/256 of the windows, to five standard deviations."""
+    for word in code.hashed(16):
+        for index in range(4):
+            counts = np.bincount(byte(word, index), minlength=256)
+            assert np.abs(counts - 256).max() <= 80, index
 
 
 @pytest.mark.parametrize("window_bits", [12, 16])
-def test_winners_are_integers_and_one_rounding(window_bits: int) -> None:
+def test_half_codes_are_integers_and_one_rounding(window_bits: int) -> None:
     low, high = LOW_RATES.decode(window_bits), HIGH_RATES.decode(window_bits)
     for window in range(0, 1 << window_bits, 37):
         h1 = (window * LOW_RATES.spread << (32 - window_bits)) % 2**32
@@ -50,6 +112,9 @@ def test_counter_finds_known_instructions() -> None:
     low, high = decode_cost(LOW_RATES, 16), decode_cost(HIGH_RATES, 16)
     assert (low.instructions, low.logic_clocks) == (7, 6)
     assert (high.instructions, high.logic_clocks) == (8, 8)
+    two, three = decode_cost(TWO_WORDS, 16), decode_cost(THREE_WORDS, 16)
+    assert (two.instructions, two.logic_clocks, two.multiply_clocks) == (5, 4, 4)
+    assert (three.instructions, three.logic_clocks, three.multiply_clocks) == (6, 4, 6)
 
 
 def test_front_keeps_what_nothing_dominates() -> None:

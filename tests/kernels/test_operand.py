@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qpc.errors import KernelError
-from qpc.kernels.operand import PEAK, SELECT_HIGH, SELECT_LOW, pack_operand, peak_scales, unpack_operand
+from qpc.kernels.operand import PEAK, SELECT_HIGH, SELECT_LOW, operand_rows, pack_operand, peak_scales, unpack_operand
 from qpc.quant.layout import column_blocks
 
 
@@ -21,7 +21,7 @@ def activations(batch: int, features: int, dtype: torch.dtype) -> torch.Tensor:
 def test_error_is_half_a_step(batch: int, features: int, dtype: torch.dtype) -> None:
     x = activations(batch, features, dtype)
     words, scales = pack_operand(x)
-    assert words.dtype == torch.int32 and words.shape == (column_blocks(features), batch, 2, 4, 2)
+    assert words.dtype == torch.int32 and words.shape == (column_blocks(features), 2, operand_rows(batch), 2, 4)
     assert torch.equal(scales, peak_scales(x)) and scales.dtype == torch.float32
     error = (unpack_operand(words, scales, features) - x.double()).abs()
     assert (error <= scales.double()[:, None] * (0.5 + PEAK * 2**-23)).all()
@@ -53,7 +53,7 @@ def test_values_beyond_the_scale_saturate() -> None:
 def test_bytes_of_a_word() -> None:
     """Columns c and c + 1, twice, in signed bytes; the selectors take them from the fixed-point values."""
     words, _ = pack_operand(torch.tensor([[1000.0, -77.0]]), torch.ones(1))
-    for word, shift, select in ((words[0, 0, 0, 0, 0], 8, SELECT_HIGH), (words[0, 0, 1, 0, 0], 0, SELECT_LOW)):
+    for word, shift, select in ((words[0, 0, 0, 0, 0], 8, SELECT_HIGH), (words[0, 0, 0, 1, 0], 0, SELECT_LOW)):
         made = [int(word) >> bit & 0xFF for bit in (0, 8, 16, 24)]
         rounding = 128 if shift else 0
         source = [(value + rounding) >> bit & 0xFF for value in (1000, -77) for bit in (0, 8, 16, 24)]

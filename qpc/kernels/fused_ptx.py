@@ -1,0 +1,88 @@
+"""The PTX of `qpc.kernels.fused_hopper`: products of bytes on a warpgroup, bulk copies, and waiting for other programs.
+
+In all texts `$0` is a result; where only the effect counts it is 0 and nobody reads it. Predicates come as int32, 0 for no.
+"""
+
+from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
+
+INITIALIZE = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$1], 1; mov.u32 $0, 0;}"
+"""Make the barrier at $1, for one arrival a phase, if $2."""
+
+PUBLISH_BARRIERS = "fence.mbarrier_init.release.cluster; mov.u32 $0, 0;"
+"""Let bulk copies see the barriers that this thread made."""
+
+BARRIER = "bar.sync 0; mov.u32 $0, 0;"
+"""Wait for all threads of the program."""
+
+WAIT = "{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra AGAIN; mov.u32 $0, 0;}"
+"""Wait until the phase of parity $2 of the barrier at $1 is over."""
+
+COPY = (
+    "{.reg .pred p; setp.ne.u32 p, $4, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $5; "
+    "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$2], [$3], $5, [$1]; mov.u32 $0, 0;}"
+)
+"""Copy $5 bytes from global memory at $3 to shared memory at $2 if $4; a phase of the barrier at $1 is over when they are there."""
+
+REFILL = "bar.warp.sync 0xffffffff; " + COPY
+"""The same after all lanes of the warp have read what was there."""
+
+PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], $3; mov.u32 $0, 0;}"
+"""Leave $3 at $1 for another program, if $2."""
+
+_POLLED = 8
+
+
+def _poll() -> str:
+    """Read $10 values, 8 at most, from $8 on at a distance of $11 bytes, until none is free, and free the places; if not $9, zeros."""
+    each = range(_POLLED)
+    text = "{.reg .pred p, q; .reg .b32 m; .reg .b64 a; .reg .b32 v<8>; .reg .pred r<8>; setp.ne.u32 p, $9, 0; "
+    text += "".join(f"mov.b32 v{i}, 0; setp.gt.s32 r{i}, $10, {i}; " for i in each) + "@!p bra DONE; AGAIN: mov.b64 a, $8; "
+    text += "".join(f"@r{i} ld.volatile.global.b32 v{i}, [a]; add.s64 a, a, $11; " for i in each)
+    text += "max.u32 m, v0, v1; " + "".join(f"max.u32 m, m, v{i}; " for i in each if i > 1)
+    text += "setp.eq.u32 q, m, 0xFFFFFFFF; @q bra AGAIN; mov.b64 a, $8; mov.b32 m, 0xFFFFFFFF; "
+    text += "".join(f"@r{i} st.volatile.global.b32 [a], m; add.s64 a, a, $11; " for i in each)
+    return text + "DONE: " + " ".join(f"mov.b32 ${i}, v{i};" for i in each) + "}"
+
+
+POLL, POLL_CONSTRAINTS = _poll(), ",".join(["=r"] * _POLLED + ["l", "r", "r", "l"])
+
+
+def types(count: int, unsigned: bool = False) -> tuple[gl.dtype, ...]:
+    """Types of a tuple of 32-bit integers."""
+    return tuple([gl.uint32 if unsigned else gl.int32] * int(count))
+
+
+def shared_bytes(size: int) -> str:
+    """The address of `size` bytes of shared memory, aligned to 128. To be used once in a kernel."""
+    return f"{{.shared .align 128 .b8 qpc_shared[{int(size)}]; mov.u32 $0, qpc_shared;}}"
+
+
+def multiply(tiles: int, words: int, half: int) -> str:
+    """Multiply the words of two tiles of 16 rows (four warps: 64) by the operand, m64n(8 tiles)k32; return with the products under way.
+
+    $0 on: all sums, of which those of the tiles 2 half and 2 half + 1 change; then the same as arguments; then `words` times four
+    registers for each of the two tiles; last the lower half of the operand's descriptor. The products before these are awaited, so that
+    their registers are free for the next words; those started here are not.
+    """
+    tiles, words, half = int(tiles), int(words), int(half)
+    sums, each = 16 * tiles, 4 * tiles
+    descriptor = f"{{${2 * sums + 8 * words}, 8}}"  # 8: the distance of eight rows of the operand, in 16 bytes
+    text = f"{{.reg .pred p; .reg .b64 d; setp.ne.b32 p, 1, 0; mov.b64 d, {descriptor}; wgmma.fence.sync.aligned; "
+    for tile in range(2):
+        accumulators = ", ".join(f"${(2 * half + tile) * each + i}" for i in range(each))
+        for word in range(words):
+            a = ", ".join(f"${2 * sums + 4 * (tile * words + word) + i}" for i in range(4))
+            text += f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, d, p; "
+    return text + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;}"
+
+
+def multiply_constraints(tiles: int, words: int) -> str:
+    """Of the registers of `multiply`."""
+    sums = 16 * int(tiles)
+    return ",".join(["=r"] * sums + [str(i) for i in range(sums)] + ["r"] * (8 * int(words) + 1))
+
+
+def finish_constraints(tiles: int) -> str:
+    """Of sums that stay in their registers."""
+    sums = 16 * int(tiles)
+    return ",".join(["=r"] * sums + [str(i) for i in range(sums)])
