@@ -26,10 +26,11 @@ MIN_STEP_BITS, MAX_STEP_BITS = 2, 12
 MIN_SUFFIX_BITS, MAX_SUFFIX_BITS = 6, 15
 MAX_WINDOW_BITS = 24
 
-SPREAD = (1.06, 1.034, 0.996, 0.964, 0.952, 0.954, 0.947, 0.945, 0.923, 0.901, 0.895)
+SPREAD = (1.14, 1.04, 0.988, 0.959, 0.944, 0.93, 0.917, 0.943, 0.937, 0.932, 0.915)
 """Standard deviation of the weights over that of the code, by step bits: measured to give the least distortion.
 
-The higher the rate, the more the tails count, which the code does not have of itself. The optimum is flat.
+The higher the rate, the more the tails count, which sums of few bytes lack; six bytes have longer ones than four. The optimum is flat: 0.02
+beside it costs less than 0.01 dB. It is that of windows 13 bits longer than a step; with 9 it is up to 0.03 less.
 """
 
 

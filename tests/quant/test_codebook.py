@@ -37,6 +37,16 @@ def test_values_are_sums_of_the_bytes_of_the_hash(step_bits: int, window_bits: i
     assert made.tolist() == [pair(window, window_bits, hash_words(step_bits)) for window in windows]
 
 
+def test_stored_codes_keep_their_meaning() -> None:
+    """These values are part of the format of a checkpoint: a change of them is a new format version."""
+    for step_bits, window_bits, expected in (
+        (6, 19, [[-145, -262], [112, -245], [-9, 169], [-177, -54]]),
+        (12, 24, [[-37, -172], [364, 196], [180, -58], [-20, -101]]),
+    ):
+        windows = torch.tensor([0, 1, 12345, (1 << window_bits) - 1])
+        assert decode_windows(windows, step_bits, window_bits).tolist() == expected
+
+
 def test_constants_are_float32() -> None:
     for value in (FACTOR, *(addend(window_bits) for window_bits in range(8, MAX_WINDOW_BITS + 1))):
         assert float(np.float32(value)) == value
