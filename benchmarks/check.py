@@ -1,30 +1,64 @@
-"""Compare every Triton kernel with its oracle on the GPU of this machine: `python -m benchmarks check [--quick]`. No pytest needed."""
+"""Compare the Triton kernels with their oracles on the GPU of this machine: `python -m benchmarks check [--quick] [--only TEXT]`.
+
+Nearly all of the time goes into compiling kernels, so the comparisons are dealt out to several processes. No pytest needed.
+"""
 
 import argparse
+import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
+from multiprocessing import get_context
 
 import torch
 
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import require_gpu
-from tests.kernels.cases import FULL, SMALL, cases
+from tests.kernels.cases import FULL, SMALL, Check, cases
+
+MOST_WORKERS = 12
+"""Each holds a context of its own on the GPU, about half a gigabyte."""
 
 
 def main(arguments: list[str]) -> None:
-    """Run the comparisons; print those that failed. Raises `BenchmarkError` if there are any."""
+    """Run the comparisons; print those that failed. Raises `BenchmarkError` if there are any, or none to run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few sizes")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--only", default="", metavar="TEXT", help="comparisons with this in their name, e.g. 'bit for bit'")
+    parser.add_argument(
+        "--workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="processes (default: one for each core, at most 12)"
+    )
+    options = parser.parse_args(arguments)
     require_gpu()
-    torch.manual_seed(0)
     started_s, count, failed = time.monotonic(), 0, 0
-    for name, comparison in cases(SMALL if quick else FULL):
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        shares = [pool.submit(_run_share, options.quick, options.only, first, options.workers) for first in range(options.workers)]
+        for share in as_completed(shares):
+            ran, failures = share.result()
+            count, failed = count + ran, failed + len(failures)
+            for failure in failures:
+                print(f"FAILED {failure}", flush=True)
+    print(f"{count} comparisons, {failed} failed, {time.monotonic() - started_s:.0f} s", flush=True)
+    if failed:
+        raise BenchmarkError(f"{failed} of {count} comparisons failed")
+    if not count:
+        raise BenchmarkError(f"no comparison has {options.only!r} in its name")
+
+
+def _selected(quick: bool, only: str) -> Iterator[tuple[str, Check]]:
+    """The comparisons that were asked for."""
+    return ((name, comparison) for name, comparison in cases(SMALL if quick else FULL) if only in name)
+
+
+def _run_share(quick: bool, only: str, first: int, step: int) -> tuple[int, list[str]]:
+    """Every `step`-th comparison from `first` on: how many there were, and a line for each that failed."""
+    torch.manual_seed(0)
+    count, failures = 0, []
+    for name, comparison in islice(_selected(quick, only), first, None, step):
         count += 1
         try:
             comparison("cuda")
         except Exception as error:
-            failed += 1
-            print(f"FAILED {name}: {type(error).__name__}: {str(error)[:400]}", flush=True)
-    print(f"{count} comparisons, {failed} failed, {time.monotonic() - started_s:.0f} s", flush=True)
-    if failed:
-        raise BenchmarkError(f"{failed} of {count} comparisons failed")
+            failures.append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
+    return count, failures

@@ -32,7 +32,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title("Mean squared error of a Gaussian, at half bits and of pure families", loc="left", fontsize=10.5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper right")
+    axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
