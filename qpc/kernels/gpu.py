@@ -2,7 +2,8 @@
 
 A lane owns an *arc* of a block: what two neighbouring lanes of the layout hold, 8 rows by 4 pairs of columns. All shifts within an arc are
 constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
-Beyond `MAX_BATCH` the weight is decoded to memory once and multiplied by PyTorch.
+Where `qpc.kernels.fused` can multiply on integer tensor cores, it does so instead. Beyond `MAX_BATCH` the weight is decoded to memory once
+and multiplied by PyTorch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpc.errors import KernelError
+from qpc.kernels import fused, transform
 from qpc.kernels.decode import decode_anywhere, decode_in_arc, load_arc, place_in_arc
 from qpc.kernels.epilogue import finish, sum_splits
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
@@ -178,7 +180,9 @@ def linear(
     check_parts(codes)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    if len(rows) > MAX_BATCH:
+    if fused.supports(quantizers, len(rows), x.dtype, x.device).implementation is not None:
+        out = fused.multiply(*transform.pack(rows), codes, scales, bias, quantizers, out_features, x.dtype)
+    elif len(rows) > MAX_BATCH:
         weight = dequantize(codes, scales, quantizers, out_features, x.shape[-1], x.dtype)
         out = functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     else:

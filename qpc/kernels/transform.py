@@ -67,7 +67,7 @@ def _pack_kernel(x, words, scales, features, rows, x_stride, WIDTH: tl.constexpr
     second = tl.load(x + row * x_stride + 2 * pair + 1, mask=2 * pair + 1 < features, other=0).to(tl.float32)
     peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
-    tl.store(scales + row, peak / _PEAK)
+    tl.store(scales + row, peak / _PEAK + tl.sum(first * 0 + second * 0, 0))  # NaN if a value is not finite
     _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, rows, pair < (features + 15) // 16 * 8)
 
 

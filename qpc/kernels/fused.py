@@ -1,0 +1,163 @@
+"""Multiplication by trellis-coded weights on the integer tensor cores of Hopper: for what it is, and how it is launched.
+
+The kernel is in `qpc.kernels.fused_hopper`; activations come as the operand of `qpc.kernels.operand`. An element of the result is off by at
+most max_j |x_j| sum_j |w_j| / 65024 from rounding the activation to 16-bit fixed point, (S + 4) 2^-24 of the sizes of its S splits together
+from float32, and one rounding to its dtype; sums over columns are exact. Equal input gives equal output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, processors
+from qpc.kernels.select import Implementation, Support
+from qpc.quant.codebook import hash_words
+from qpc.quant.quantizer import UniformQuantizer
+from qpc.quant.trellis import TrellisQuantizer
+
+CAPABILITY = (9, 0)
+DTYPES = (torch.float16, torch.bfloat16)
+
+PROGRAM_ROWS = 4
+"""Block rows of one program, one for each warp of a warpgroup."""
+
+STAGES = 2
+"""Slots of the ring of codes of a warp. Four were slower: what they gain in latency they lose in programs on a multiprocessor."""
+
+HEAD_AND_TAIL_BYTES = 1280
+"""Shared memory besides codes and operand: barriers, and what a product reads behind a small operand."""
+
+SHARED_BYTES = 48 << 10
+"""Most static shared memory of a program."""
+
+MAX_COLUMNS = 21760
+"""Input columns that a warp may add up in int32: 768 * 128 * 21760 < 2^31, the largest weight times the largest limb."""
+
+RESIDENT_WARPGROUPS = 4
+"""Warpgroups that a multiprocessor holds at a time, at 128 registers a thread."""
+
+REGISTERS = 128
+
+
+def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
+    """Whether this multiplication runs here; otherwise why not."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY:
+        return Support(None, f"integer products of warpgroups need compute capability {CAPABILITY}, which {device} does not have")
+    others = [quantizer for quantizer in quantizers if not isinstance(quantizer, TrellisQuantizer)]
+    if others:
+        return Support(None, f"the words of {others[0]} are no sums of bytes; only trellis codes are")
+    if len(quantizers) > MAX_PARTS:
+        return Support(None, f"{len(quantizers)} parts along the input axis, at most {MAX_PARTS} in one launch")
+    if dtype not in DTYPES:
+        return Support(None, f"activations of {dtype} lose more in 16-bit fixed point than rounding to {dtype} does")
+    if batch > MAX_BATCH:
+        return Support(None, f"{batch=} is above {MAX_BATCH}, where decoding the weight once and one matrix product is faster")
+    return Support(Implementation.TRITON, "integer tensor cores")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one multiplication is cut.
+
+    warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
+    chunk_bytes: of the operand that are copied to shared memory at a time.
+    """
+
+    warpgroups: int
+    depth: int
+    splits: tuple[int, ...]
+    chunk_bytes: int
+
+    @property
+    def turn(self) -> int:
+        """Column blocks of one turn of a program."""
+        return self.warpgroups * self.depth
+
+
+@cache
+def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], operand_rows: int, multiprocessors: int) -> Plan:
+    """A plan that fills the multiprocessors once.
+
+    widths: block columns of each part, at least 1. operand_rows: a power of two up to 16.
+    """
+    warpgroups, depth = next(
+        (warpgroups, depth)
+        for warpgroups, depth in ((2, 2), (2, 1), (1, 2), (1, 1))
+        if all(width % (warpgroups * depth) == 0 for width in widths)
+    )
+    turn = warpgroups * depth
+    turns = [width // turn for width in widths]
+    programs = -(-block_rows // PROGRAM_ROWS)
+    wanted = max(len(widths), RESIDENT_WARPGROUPS // warpgroups * multiprocessors // programs)
+    work = [count * hash_words(bits) for count, bits in zip(turns, step_bits, strict=True)]
+    first = round(wanted * work[0] / sum(work))
+    shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
+    least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
+    splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
+    operand_bytes = 64 * operand_rows * turn
+    longest = max(-(-count // split) for count, split in zip(turns, splits, strict=True)) * operand_bytes
+    room = SHARED_BYTES - HEAD_AND_TAIL_BYTES - code_bytes(warpgroups, depth, max(step_bits))
+    largest = 1 << (room.bit_length() - 1)
+    return Plan(warpgroups, depth, splits, min(largest, max(2048, 1 << (longest - 1).bit_length())))
+
+
+def code_bytes(warpgroups: int, depth: int, step_bits: int) -> int:
+    """Shared memory for the codes of one program."""
+    return 4 * warpgroups * STAGES * depth * 64 * step_bits
+
+
+def multiply(
+    words: Tensor,
+    activation_scales: Tensor,
+    codes: list[Tensor],
+    scales: Tensor,
+    bias: Tensor | None,
+    quantizers: Sequence[UniformQuantizer],
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x @ w.T + bias` for an operand and a weight that `supports` says yes to: [batch, out_features] of `dtype`.
+
+    words, activation_scales: the operand, for all block columns of the weight. codes, scales, bias: as the linear operators take them.
+    """
+    from qpc.kernels.fused_hopper import fused_kernel
+
+    batch, rows, device = len(activation_scales), codes[0].shape[0], words.device
+    parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
+    present = [index for index, code in enumerate(codes) if code.shape[1]]
+    parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
+    cut = plan(rows, tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts), words.shape[2], processors(device))
+    splits = sum(cut.splits)
+    out = torch.empty((batch, out_features), dtype=dtype, device=device)
+    programs = -(-rows // PROGRAM_ROWS)
+    workspace = _workspace(programs * splits * 256 * words.shape[2], device) if splits > 1 else None
+    turns = [code.shape[1] // cut.turn for code in packed]
+    two = len(parts) > 1
+    fused_kernel[(programs, splits)](
+        words, activation_scales, packed[0], packed[-1], scales.contiguous(), bias, out, workspace,
+        turns[0], turns[-1], cut.splits[0], batch, rows, out_features,
+        STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
+        WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
+        UNIT_0=parts[0].unit, UNIT_1=parts[-1].unit, DEPTH=cut.depth, STAGES=STAGES, CHUNK_BYTES=cut.chunk_bytes,
+        OPERAND_ROWS=words.shape[2], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
+        num_warps=4 * cut.warpgroups, maxnreg=REGISTERS, launch_pdl=True,
+    )  # fmt: skip
+    return out
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    """At least `size` free places for sums, float32, for kernels of the current stream: each kernel leaves them free again."""
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    found = _workspaces.get(key)
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):
+            found = torch.full((1 << (size - 1).bit_length(),), -1, dtype=torch.int32, device=device).view(torch.float32)
+        if not torch.cuda.is_current_stream_capturing():  # else the fill is part of the graph, and holds for its replays alone
+            _workspaces[key] = found
+    return found

@@ -1,0 +1,141 @@
+"""The multiplication on integer tensor cores: what is decided about it, and what its machine code is. It runs in `benchmarks check`."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from qpc.kernels import fused
+from qpc.kernels.fused_hopper import fused_kernel
+from qpc.quant.codebook import hash_words
+from qpc.quant.scalar import ScalarQuantizer
+from qpc.quant.trellis import TrellisQuantizer
+from tests.kernels.compiling import instructions, usage
+
+TRELLIS = TrellisQuantizer(6, 19)
+CPU = torch.device("cpu")
+
+
+def compiled(*step_bits: int, operand_rows: int = 1, warpgroups: int = 2, depth: int = 2, split: bool = True) -> Any:
+    """The kernel for sm_90a; a second number of bits is that of a second part."""
+    first, second = (*step_bits, 0)[:2]
+    constants = {
+        "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
+        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": 8192, "OPERAND_ROWS": operand_rows,
+        "HAS_BIAS": False, "SPLIT": split, "WARPGROUPS": warpgroups, "PDL": True,
+    }  # fmt: skip
+    types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
+    types |= {"operand_scales": "*fp32", "workspace": "*fp32"}
+    names = fused_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = GluonASTSource(fused_kernel, signature, constants, attributes)
+    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def opcodes_a_turn(kernel: Any) -> Counter[str]:
+    """Instructions of the shortest loop that multiplies."""
+    lines = instructions(kernel)
+    text = "\n".join(lines)
+    assert "IGMMA" in text
+    starts = {address: index for index, address in enumerate(addresses(kernel))}
+    bodies = []
+    for index, line in enumerate(lines):
+        found = re.search(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", line)
+        if found and (start := starts.get(int(found[1], 16), len(lines))) < index:
+            body = lines[start : index + 1]
+            if any("IGMMA" in each for each in body):
+                bodies.append(body)
+    names = (re.sub(r"^@\S+\s+", "", each).split()[0].split(".")[0] for each in min(bodies, key=len))
+    return Counter(names)
+
+
+def addresses(kernel: Any) -> list[int]:
+    """Of the instructions."""
+    return [16 * index for index in range(len(instructions(kernel)))]
+
+
+@pytest.mark.parametrize("step_bits", [3, 4, 6, 8, 9, 12])
+def test_decodes_without_masks_and_conversions(step_bits: int) -> None:
+    """A turn is two blocks, 32 windows a lane: one LOP3, one FFMA and one multiply-add a word for each, half a dozen for all the rest."""
+    kernel = compiled(step_bits)
+    used, counts = usage(kernel), opcodes_a_turn(kernel)
+    words = hash_words(step_bits)
+    assert used.stack == 0 and used.shared <= fused.SHARED_BYTES
+    assert counts["IGMMA"] == 2 * 4 * words and counts["FFMA"] == 32
+    assert 32 <= counts["LOP3"] <= 40 and 32 * words <= counts["IMAD"] <= 32 * words + 16
+    assert counts["SHF"] <= 32 + 12 * (step_bits % 2) and counts["I2F"] == counts["PRMT"] == counts["LDG"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"operand_rows": 8}, {"operand_rows": 16}, {"warpgroups": 1, "depth": 1}, {"split": False}],
+    ids=str,
+)
+def test_compiles_within_its_registers(options: dict[str, Any]) -> None:
+    used = usage(compiled(6, **options))
+    assert used.registers <= fused.REGISTERS and used.stack == 0
+
+
+def test_two_rates_in_one_launch() -> None:
+    used = usage(compiled(6, 7))
+    assert used.registers <= fused.REGISTERS and used.stack == 0
+
+
+@given(
+    block_rows=st.integers(1, 700),
+    widths=st.lists(st.integers(1, 2000), min_size=1, max_size=2),
+    step_bits=st.lists(st.integers(2, 12), min_size=2, max_size=2),
+    operand_rows=st.sampled_from([1, 2, 4, 8, 16]),
+)
+def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: list[int], step_bits: list[int], operand_rows: int) -> None:
+    bits = tuple(step_bits[: len(widths)])
+    cut = fused.plan(block_rows, tuple(widths), bits, operand_rows, 132)
+    assert len(cut.splits) == len(widths)
+    for width, splits in zip(widths, cut.splits, strict=True):
+        assert width % cut.turn == 0, "a turn that is cut would read another row's codes"
+        turns = width // cut.turn
+        assert 1 <= splits <= turns
+        longest = max(turns * (i + 1) // splits - turns * i // splits for i in range(splits))
+        assert longest * cut.depth * 16 <= fused.MAX_COLUMNS
+    codes = fused.code_bytes(cut.warpgroups, cut.depth, max(bits))
+    assert codes + cut.chunk_bytes + fused.HEAD_AND_TAIL_BYTES <= fused.SHARED_BYTES
+    assert cut.chunk_bytes % (64 * operand_rows * cut.turn) == 0, "a chunk is whole turns"
+
+
+def test_sums_fit_int32() -> None:
+    assert 6 * 128 * 128 * fused.MAX_COLUMNS < 2**31
+
+
+def test_says_why_not() -> None:
+    assert "compute capability" in fused.supports([TRELLIS], 1, torch.bfloat16, CPU).reason
+
+
+@pytest.mark.parametrize(
+    ("quantizers", "batch", "dtype", "reason"),
+    [
+        ([ScalarQuantizer(4)], 1, torch.bfloat16, "scalar"),
+        ([TRELLIS] * 3, 1, torch.bfloat16, "3 parts"),
+        ([TRELLIS], 1, torch.float32, "float32"),
+        ([TRELLIS], 17, torch.bfloat16, "batch=17"),
+    ],
+)
+def test_says_why_not_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, quantizers: list[Any], batch: int, dtype: torch.dtype, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda", 0)
+    found = fused.supports(quantizers, batch, dtype, cuda)
+    assert found.implementation is None and reason in found.reason
+    assert fused.supports([TRELLIS], 16, torch.float16, cuda).implementation is not None
