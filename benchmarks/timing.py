@@ -3,6 +3,7 @@
 Nothing is timed without a `Checked`, which only `check` makes, from a call whose result agreed with an oracle.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,9 @@ CACHE_BYTES = 256 << 20
 """What the weights of successive calls must exceed together, so that they come from memory: more than any second-level cache."""
 
 REPLAYS = 15
+WARM_UP_S = 0.03
+"""For so long calls run before they are timed: an H100 at rest has a clock of 510 MHz, at work one of 1980, and takes milliseconds to get there."""
+
 MIN_CALLS = 16
 """Calls of one graph at least: a graph starts in microseconds that no single call should bear."""
 
@@ -129,15 +133,19 @@ def time_calls(calls: Sequence[Callable[[], object]], proof: Checked, replays: i
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    started_s = time.monotonic()
+    while time.monotonic() - started_s < WARM_UP_S:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for _ in range(replays + 2):
+    for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1000 * begin.elapsed_time(end) / len(calls))
-    return timing_of(times[2:])
+    return timing_of(times)
 
 
 def timing_of(times: Sequence[float]) -> Timing:

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qpc.kernels import workspaces
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, processors
 from qpc.kernels.select import Implementation, Support
 from qpc.quant.codebook import hash_words
@@ -63,13 +64,14 @@ class Plan:
     """How one multiplication is cut.
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
-    chunk_bytes: of the operand that are copied to shared memory at a time.
+    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
     """
 
     warpgroups: int
     depth: int
     splits: tuple[int, ...]
     chunk_bytes: int
+    stages: int = STAGES
 
     @property
     def turn(self) -> int:
@@ -118,10 +120,12 @@ def multiply(
     quantizers: Sequence[UniformQuantizer],
     out_features: int,
     dtype: torch.dtype,
+    cut: Plan | None = None,
 ) -> Tensor:
     """`x @ w.T + bias` for an operand and a weight that `supports` says yes to: [batch, out_features] of `dtype`.
 
     words, activation_scales: the operand, for all block columns of the weight. codes, scales, bias: as the linear operators take them.
+    cut: by default what `plan` says.
     """
     from qpc.kernels.fused_hopper import fused_kernel
 
@@ -129,35 +133,21 @@ def multiply(
     parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
-    cut = plan(rows, tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts), words.shape[2], processors(device))
+    widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
+    cut = cut or plan(rows, widths, step_bits, words.shape[2], processors(device))
     splits = sum(cut.splits)
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     programs = -(-rows // PROGRAM_ROWS)
-    workspace = _workspace(programs * splits * 256 * words.shape[2], device) if splits > 1 else None
-    turns = [code.shape[1] // cut.turn for code in packed]
+    workspace = workspaces.take(programs * splits * 256 * words.shape[2], device) if splits > 1 else None
+    turns = [width // cut.turn for width in widths]
     two = len(parts) > 1
     fused_kernel[(programs, splits)](
         words, activation_scales, packed[0], packed[-1], scales.contiguous(), bias, out, workspace,
         turns[0], turns[-1], cut.splits[0], batch, rows, out_features,
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
-        UNIT_0=parts[0].unit, UNIT_1=parts[-1].unit, DEPTH=cut.depth, STAGES=STAGES, CHUNK_BYTES=cut.chunk_bytes,
+        UNIT_0=parts[0].unit, UNIT_1=parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
         OPERAND_ROWS=words.shape[2], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
         num_warps=4 * cut.warpgroups, maxnreg=REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return out
-
-
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _workspace(size: int, device: torch.device) -> Tensor:
-    """At least `size` free places for sums, float32, for kernels of the current stream: each kernel leaves them free again."""
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _workspaces.get(key)
-    if found is None or found.numel() < size:
-        with torch.inference_mode(False):
-            found = torch.full((1 << (size - 1).bit_length(),), -1, dtype=torch.int32, device=device).view(torch.float32)
-        if not torch.cuda.is_current_stream_capturing():  # else the fill is part of the graph, and holds for its replays alone
-            _workspaces[key] = found
-    return found

@@ -1,0 +1,131 @@
+"""Which plan is fastest: `python -m benchmarks.studies.fused_study [--bits 3] [--batch 1] [--json FILE]`.
+
+Every plan of a grid for the four linears of a Llama 3.1 8B layer, each checked before it is timed; prints the best few of each shape, the
+time of the default plan and their sums, beside bfloat16 in the same process.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.rows import write_rows
+from benchmarks.timing import EXACT, check, copies_for, require_gpu, time_calls
+from benchmarks.weights import LAYER, Shape, random_weights
+from qpc.kernels import fused
+from qpc.kernels.launch import processors
+from qpc.kernels.operand import operand_rows, pack_operand
+from qpc.quant.palette import Effort, trellis_at
+
+
+def main() -> None:
+    """Compile all, then measure shape by shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=Fraction, nargs="+", default=[Fraction(3)])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="default plans alone")
+    options = parser.parse_args()
+    device = require_gpu()
+    jobs = [(bits, batch, shape) for bits, batch in product(options.bits, options.batch) for shape in LAYER]
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_compile, quick=options.quick), jobs))
+    rows: list[dict[str, Any]] = []
+    for bits, batch in product(options.bits, options.batch):
+        sums = {"best": 0.0, "default": 0.0, "bf16": 0.0}
+        for shape in LAYER:
+            found = list(_measured(bits, batch, shape, device, options.quick))
+            default = found[0]
+            best = sorted(found, key=lambda row: row["us"])[:4]
+            bf16 = _bf16_us(batch, shape, device)
+            sums["best"] += best[0]["us"]
+            sums["default"] += default["us"]
+            sums["bf16"] += bf16
+            shown = "; ".join(f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} s{row['splits']})" for row in best)
+            print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
+            rows += [row | {"bf16_us": bf16} for row in found]
+            write_rows(options.json, "fused_study", rows)
+        print(f"sum: default {sums['default']:.2f} best {sums['best']:.2f} bf16 {sums['bf16']:.2f} us", flush=True)
+
+
+def plans(
+    default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int
+) -> Iterator[fused.Plan]:
+    """The default first, then the grid, as far as it fits."""
+    yield default
+    for warpgroups, depth, stages, load in product((1, 2), (1, 2, 4), (2, 3, 4), (2, 3, 4, 5, 6, 8)):
+        turn = warpgroups * depth
+        if any(width % turn for width in widths):
+            continue
+        share = max(1, load * multiprocessors // (warpgroups * programs) // len(widths))
+        splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
+        longest = max(-(-width // turn // split) for width, split in zip(widths, splits, strict=True)) * turn * 64 * rows
+        room = fused.SHARED_BYTES - fused.HEAD_AND_TAIL_BYTES - 4 * turn * stages * 64 * step_bits
+        if room < 64 * rows * turn or room < 2048:
+            continue
+        yield fused.Plan(warpgroups, depth, splits, min(1 << (room.bit_length() - 1), max(2048, 1 << (longest - 1).bit_length())), stages)
+
+
+def _calls(bits: Fraction, batch: int, shape: Shape, device: torch.device, copies: int) -> tuple[Any, Any, list[Any]]:
+    quantizer = trellis_at(bits, Effort.DEFAULT)
+    weights = random_weights(quantizer, shape, copies, device)
+    x = torch.randn(batch, shape[1], device=device).bfloat16()
+    return weights, x, [partial(_multiply, *pack_operand(x), weight) for weight in weights]
+
+
+def _multiply(words: torch.Tensor, scales: torch.Tensor, weight: Any, cut: fused.Plan) -> torch.Tensor:
+    parts = list(weight.parts)
+    return fused.multiply(words, scales, list(weight.codes), weight.scales, None, parts, weight.out_features, torch.bfloat16, cut)
+
+
+def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[fused.Plan]:
+    weight = weights[0]
+    widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
+    rows, count = operand_rows(batch), processors(device)
+    default = fused.plan(weight.codes[0].shape[0], widths, bits, rows, count)
+    programs = -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS)
+    return list(dict.fromkeys(plans(default, programs, widths, rows, max(bits), count)))[: 1 if quick else None]
+
+
+def _compile(job: tuple[Fraction, int, Shape], quick: bool) -> None:
+    """Run every plan once, so that all kernels are compiled and cached."""
+    bits, batch, shape = job
+    device = require_gpu()
+    weights, _, calls = _calls(bits, batch, shape, device, 1)
+    for cut in _grid(weights, batch, device, quick):
+        calls[0](cut)
+    torch.cuda.synchronize()
+
+
+def _measured(bits: Fraction, batch: int, shape: Shape, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    quantizer = trellis_at(bits, Effort.DEFAULT)
+    copies = copies_for(quantizer.weight_bytes(*shape))
+    weights, x, calls = _calls(bits, batch, shape, device, copies)
+    expected = weights[0].product(x)
+    for cut in _grid(weights, batch, device, quick):
+        proof = check(partial(calls[0], cut), expected, EXACT)
+        timing = time_calls([partial(call, cut) for call in calls], proof)
+        check(partial(calls[0], cut), expected, EXACT)
+        what = {"rate": float(bits), "batch": batch, "out_features": shape[0], "in_features": shape[1]}
+        plan = {"warpgroups": cut.warpgroups, "depth": cut.depth, "stages": cut.stages, "splits": list(cut.splits)}
+        yield what | plan | {"chunk_bytes": cut.chunk_bytes} | timing.row | {"max_rel_error": proof.max_rel_error}
+
+
+def _bf16_us(batch: int, shape: Shape, device: torch.device) -> float:
+    weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(copies_for(2 * shape[0] * shape[1]))]
+    x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=device)
+    proof = check(partial(functional.linear, x, weights[0]), x.double() @ weights[0].double().T, 1e-2)
+    return time_calls([partial(functional.linear, x, weight) for weight in weights], proof).us
+
+
+if __name__ == "__main__":
+    main()
