@@ -20,7 +20,7 @@ CACHE_BYTES = 256 << 20
 
 REPLAYS = 15
 WARM_UP_S = 0.03
-"""For so long calls run before they are timed: an H100 at rest has a clock of 510 MHz, at work one of 1980, and takes milliseconds to get there."""
+"""For so long calls run before they are timed: the clock of an H100 is 510 MHz at rest, 1980 at work, and takes milliseconds to change."""
 
 MIN_CALLS = 16
 """Calls of one graph at least: a graph starts in microseconds that no single call should bear."""
