@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
+import numpy.typing as npt
 
 from qpc.cost import Cost
 from qpc.errors import SolverError
@@ -13,6 +14,7 @@ from qpc.quant.quantizer import Quantizer
 from qpc.solver.clusters import clusters_of, quantizers_of
 from qpc.solver.dual import Best, Problem, Relaxation, relax, unit
 from qpc.solver.few import choose
+from qpc.solver.median import median_bound
 from qpc.solver.repair import repair
 from qpc.solver.search import Effort, search
 from qpc.solver.statement import Allocation, InfeasibleError, Item, Limits, Resource, Rules, Status
@@ -106,11 +108,10 @@ def _minimise(problem: Problem, effort: _Effort, start: Picks | None = None) -> 
     if _open(best, nodes[0].bound, effort.relative_gap):
         nodes = _split(problem, root, best) or nodes
     if problem.most_quantizers is not None and _open(best, min(node.bound for node in nodes), effort.relative_gap):
-        for chosen in reversed(list(choose(problem, root.weights, problem.most_quantizers))):
-            within = _minimise(Problem(tables.only(chosen), problem.objective, problem.limits), effort)
-            if within.best.picks is not None:
-                best.offer(within.best.picks, tables.totals(within.best.picks))
-                break
+        least, possible = _few(problem, root.weights, best, problem.most_quantizers, effort)
+        for node in nodes:
+            node.bound = max(node.bound, least)
+            node.problem = replace(node.problem, tables=tables.only(possible))
     deadline_s = monotonic() + effort.time_limit_s
     for size in SIZES:
         for node in sorted(nodes, key=lambda node: node.bound):
@@ -146,6 +147,25 @@ def _split(problem: Problem, root: Relaxation, best: Best) -> list[_Node]:
         if relaxation is not None:
             nodes.append(_node(part, relaxation, best))
     return nodes
+
+
+def _few(problem: Problem, weights: Floats, best: Best, most: int, effort: _Effort) -> tuple[float, npt.NDArray[np.bool_]]:
+    """Offer to `best` the allocation of a well chosen set of quantizers.
+
+    weights: the objective's plus the prices of the problem without the rule.
+
+    Returns a lower bound that knows of the rule, and the quantizers that a better allocation may use: bool [quantizer].
+    """
+    for chosen in reversed(list(choose(problem, weights, most))):
+        restricted = Problem(problem.tables.only(chosen), problem.objective, problem.limits)
+        within = _minimise(restricted, effort)
+        if within.best.picks is not None and within.best.totals is not None:
+            best.offer(within.best.picks, within.best.totals)
+            relaxation = relax(restricted, Best(restricted))
+            assert relaxation is not None, "the set has an allocation"
+            bound, possible = median_bound(problem, relaxation.weights, within.best.picks, most, best.value)
+            return _whole(problem.objective, bound), possible
+    return -math.inf, np.ones(len(problem.tables.counted), dtype=np.bool_)
 
 
 def _open(best: Best, bound: float, relative_gap: float) -> bool:
