@@ -22,6 +22,8 @@ from qpc.solver.tables import Floats, Picks, Row, Tables
 
 SIZES = (1000, 4000, 16000)
 """Choices in the integer program: first few, for a good allocation soon; then more, if the gap asks for it."""
+NEAREST_LOSS = 1e-6
+"""Relative gap at which a loss is called the smallest; whole numbers must be proven exactly."""
 WHOLE = 1e-6
 """What a number of launches may be off a whole one, and count as whole."""
 
@@ -46,6 +48,8 @@ def solve(
     Raises `InfeasibleError` if no allocation keeps the limits, `SolverError` if the items or rules contradict each other, HiGHS fails, or
     the time was too short to find an allocation or to exclude that there is one.
     """
+    if not items:
+        raise SolverError("there is nothing to allocate")
     rules = rules or Rules()
     quantizers = quantizers_of(items)
     tables = Tables.of(clusters_of(items, rules, quantizers), [quantizer is not None for quantizer in quantizers])
@@ -191,15 +195,15 @@ def _nearest(problem: Problem, limits: Mapping[Resource, float], time_limit_s: f
     asked = " and ".join(resource.show(limit) for resource, limit in limits.items())
     for resource, limit in limits.items():
         found = _minimise(_problem(problem.tables, resource, limits, problem.most_quantizers), _Effort(0.0, time_limit_s))
-        proven = found.status is Status.OPTIMAL
-        undecided |= found.bound <= limit and not proven
+        undecided |= found.bound <= limit and found.status is not Status.OPTIMAL
         if found.best.picks is None:
             continue
         if found.best.value <= limit:
             return found.best.picks
         nearest[resource] = found.best.value
         rest = ", the other limits kept" if len(limits) > 1 else ""
-        less = "" if proven else f" (at least {resource.show(found.bound)}; the time limit stopped the search)"
+        proven = found.bound >= found.best.value * (1 - NEAREST_LOSS if resource is Resource.LOSS else 1)
+        less = "" if proven else f" (the smallest that was found; it is proven to be at least {resource.show(found.bound)})"
         bites.append(f"{resource.show(limit)} is below the smallest feasible one of {resource.show(found.best.value)}{less}{rest}")
     if undecided:
         raise SolverError(f"the time limit of {time_limit_s} s was too short to find an allocation within {asked}, or that there is none")

@@ -103,3 +103,10 @@ def test_the_nearest_feasible_limit_is_feasible_and_one_less_is_not(items: list[
     assert solve(items, Limits(nearest, latency_ps)).cost.weight_bytes == nearest
     with pytest.raises(InfeasibleError, match=f"{nearest - 1} bytes is below the smallest feasible one of {nearest} bytes"):
         solve(items, Limits(nearest - 1, latency_ps))
+
+
+def test_a_nearest_value_that_is_not_proven_says_so(items: list[Item]) -> None:
+    limits = limits_of(3.25, 1.0)
+    with pytest.raises(InfeasibleError, match="the smallest that was found; it is proven to be at least") as raised:
+        solve(items, Limits(limits.weight_bytes, limits.latency_ps, 0.001), time_limit_s=0.0)
+    assert keeps(solve(items, limits).cost, Limits(loss=raised.value.nearest[Resource.LOSS]))

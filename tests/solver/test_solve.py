@@ -166,6 +166,8 @@ def test_malformed_items_are_refused() -> None:
     for sites, table in [((), (choice,)), (("a", "a"), (choice,)), (("a",), ()), (("a",), (Choice(None, Cost(-1, 0.0)),))]:
         with pytest.raises(SolverError):
             Item(sites, table)
+    with pytest.raises(SolverError, match="nothing"):
+        solve([], Limits())
     with pytest.raises(SolverError, match="occurs twice"):
         solve([Item(("a",), (choice, choice))], Limits())
     with pytest.raises(SolverError, match="2\\^53"):
