@@ -19,7 +19,10 @@ from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.palette import Palette
 from qpc.quant.quantizer import Quantizer
 from qpc.sensitivity import Sensitivities
-from qpc.solver import Allocation, Item, smallest_bytes, solve
+from qpc.solver import Allocation, Item, Limits, Resource, solve
+
+RELATIVE_GAP = 1e-6
+"""Of the predicted loss: a limit of bytes alone is solved so far in about a second."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ class Allocate(Pass):
             table = choices([weights[weight] for weight in cluster], self.palette.quantizers)
             items.append(Item(tuple(name for weight in cluster for name in names[weight]), table))
         if self.budget is None:
-            return solve(items, sum(max(choice.cost.weight_bytes for choice in item.choices) for item in items))
+            return solve(items, Limits())
         count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
-        self.budget.check(smallest_bytes(items), count, other)
-        return solve(items, self.budget.weight_bytes(count, other))
+        smallest = solve(items, Limits(), objective=Resource.BYTES).cost.weight_bytes
+        self.budget.check(smallest, count, other)
+        return solve(items, Limits(weight_bytes=self.budget.weight_bytes(count, other)), relative_gap=RELATIVE_GAP)
 
     def _clusters(self, places: "Sequence[_Place]") -> list[list[str]]:
         """Names of the weights that must get the same quantizer, in graph order."""
