@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import qpc
-from qpc.errors import EvaluationError, ModelError, QpcError, UsageError
+from qpc.budget import Budget
+from qpc.errors import BudgetError, EvaluationError, ModelError, QpcError, UsageError
 from qpc.report import Report, allocation_table, remarks, summary
 from qpc.terminal import ProgressBars
 
@@ -30,8 +31,35 @@ app = typer.Typer(
 
 Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A compiled model, or a plain Hugging Face directory.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Total = Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)]
+Kl = Annotated[str | None, typer.Option(metavar="NATS", help="Predicted KL: the smallest model that stays within it.", show_default=False)]
+EffortName = Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")]
+RotationBlock = Annotated[
+    int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
+]
+EmbeddingBits = Annotated[
+    str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class LimitOption:
+    """How an option sets a limit: the field of `Budget`, the unit of a bare number, and both in words."""
+
+    field: str
+    unit: str
+    takes: str
+    form: str
+
+
+LIMITS = {
+    "--bits": LimitOption("bits_per_weight", "", "bits per weight", "a number of bits per weight, such as 3.25"),
+    "--size": LimitOption("total_bytes", "", "bytes", "a number with a unit of bytes, such as 80MB or 4.2GiB"),
+    "--kl": LimitOption("kl_nats", "nats", "nats", "a KL in nats per token, such as 0.1"),
+}
 
 
 def show_version(wanted: bool) -> None:
@@ -53,15 +81,12 @@ def compile_model(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory with config.json and safetensors, or a GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.", show_default=False)],
     bits: Annotated[str | None, typer.Option(help="Average bits per weight of the linears: 3.25.", show_default=False)] = None,
-    total: Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)] = None,
-    effort: Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")] = "default",
-    exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")] = None,
-    rotation_block: Annotated[
-        int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
-    ] = None,
-    embeddings: Annotated[
-        str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
-    ] = None,
+    total: Total = None,
+    kl: Kl = None,
+    effort: EffortName = "default",
+    exclude: Exclude = None,
+    rotation_block: RotationBlock = None,
+    embeddings: EmbeddingBits = None,
     calibration: Annotated[
         str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
     ] = "self",
@@ -80,7 +105,7 @@ def compile_model(
     from qpc.integrations.transformers import load_pretrained
     from qpc.quant.palette import Effort
 
-    budget = parse_budget(bits, total)
+    budget = parse_budget(bits, total, kl)
     Effort.parse(effort)
     if is_checkpoint(model):
         raise UsageError(f"{model} is a compiled model already; compile the original")
@@ -196,18 +221,25 @@ def evaluate_model(
     print(f"tokens           {result.tokens} in windows of {result.window}")
 
 
-def parse_budget(bits: str | None, total: str | None) -> Any:
-    """A `Budget` from the two options. Raises `QpcError` unless at least one is given, each in its unit."""
-    from qpc.budget import Budget
-    from qpc.errors import BudgetError
+def parse_budget(bits: str | None, total: str | None, kl: str | None) -> Budget:
+    """A `Budget` from the three options. Raises `BudgetError` unless at least one is given, each in its unit."""
+    given = {"--bits": bits, "--size": total, "--kl": kl}
+    limits = {LIMITS[option].field: limit(option, text) for option, text in given.items() if text is not None}
+    if not limits:
+        raise BudgetError(
+            "no budget: give --bits 3.25 (average bits per weight), --size 80MB (whole checkpoint), --kl 0.1 (nats), or several"
+        )
+    return Budget(**limits)
 
-    if bits is None and total is None:
-        raise BudgetError("no budget: give --bits 3.25 (average bits per weight), --size 80MB (whole checkpoint), or both")
-    if bits is not None and Budget.parse(bits).total_bytes is not None:
-        raise BudgetError(f"--bits {bits} must be a number of bits per weight, such as 3.25; --size takes bytes")
-    if total is not None and Budget.parse(total).bits_per_weight is not None:
-        raise BudgetError(f"--size {total} must have a unit of bytes, such as 80MB or 4.2GiB; --bits takes bits per weight")
-    return Budget.parse(", ".join(limit for limit in (bits, total) if limit is not None))
+
+def limit(option: str, text: str) -> Any:
+    """The value of one limit. Raises `BudgetError` if the text is one of another kind."""
+    kind = LIMITS[option]
+    parsed = Budget.parse(text if any(letter.isalpha() for letter in text) else text + kind.unit)
+    if [field.name for field in fields(parsed) if getattr(parsed, field.name) is not None] != [kind.field]:
+        others = ", ".join(f"{name} takes {other.takes}" for name, other in LIMITS.items() if name != option)
+        raise BudgetError(f"{option} {text} must be {kind.form}; {others}")
+    return getattr(parsed, kind.field)
 
 
 def load_any(path: Path, device: str | None) -> tuple[nn.Module, Any | None]:

@@ -86,7 +86,8 @@ def compile(
 
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
-    budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), or a `Budget`.
+    budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
+        KL that the smallest model may have (`"0.1nats"`), several (`"4bit, 0.1nats"`), or a `Budget`.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.

@@ -94,6 +94,18 @@ def test_compile_keeps_a_size(run: Run, tiny_directory: Path, tmp_path: Path) ->
     assert json.loads(outcome.out)["model_bytes"] <= 110_000
 
 
+def test_compile_keeps_a_predicted_loss_with_the_smallest_model(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    options = ("--effort", "fast", "--calibration", "none", "--overwrite", "--json")
+    sizes = []
+    for kl in ("0.001", "0.0001nats"):
+        outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--kl", kl, *options)
+        assert outcome.code == 0, outcome.err
+        result = json.loads(outcome.out)
+        assert 0.5 * float(kl.removesuffix("nats")) < result["predicted_loss"] < 1.1 * float(kl.removesuffix("nats"))
+        sizes.append(result["model_bytes"])
+    assert sizes[0] < sizes[1]
+
+
 def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     pattern = "*.down_proj"
     outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--exclude", pattern, "--json")
@@ -176,6 +188,10 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
         (("--bits", "-3"), ("must be positive",)),
         (("--bits", "80MB"), ("--size takes bytes",)),
         (("--size", "80"), ("--bits takes bits",)),
+        (("--kl", "3bit"), ("--kl 3bit", "nats", "--bits takes bits")),
+        (("--bits", "0.1nats"), ("--kl takes nats",)),
+        (("--bits", "2", "--kl", "1e-3"), ("'1e-3'", "not a number")),
+        (("--bits", "2", "--kl", "0.000001"), ("2bit, 0.000001nats", "cannot be kept", "least feasible KL", "smallest feasible size")),
         (("--bits", "0.5"), ("below the palette", "smallest feasible")),
         (("--size", "10kB"), ("smallest feasible",)),
         (("--bits", "4", "--effort", "heroic"), ("heroic", "fast", "max")),
