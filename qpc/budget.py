@@ -32,6 +32,9 @@ RATE_UNITS = ("bit", "bits")
 LOSS_UNITS = ("nat", "nats")
 """Units of a predicted KL divergence per token."""
 
+MOST_RATES = 200
+"""Budgets in one range."""
+
 _NUMBER = re.compile(r"(?P<number>[+-]?(?:\d+/\d+|\d+\.?\d*|\.\d+))\s*(?P<unit>[^\W\d]*)", re.ASCII)
 _EXAMPLES = "write for example '3.25', '13/4 bit', '80MB', '4.2GiB' or '0.1nats'"
 
@@ -153,6 +156,24 @@ class Budget:
         return f"{_exact(rate)}bit (linears alone, {least_bytes} bytes) or {total} (the whole checkpoint)"
 
 
+def rates(text: str, step: str) -> tuple[Fraction, ...]:
+    """The rates of a range "2.5..4.5" [bits per weight], from its start in equal steps, its end included; a single rate alone.
+
+    Raises `BudgetError` for anything else, or more than `MOST_RATES`.
+    """
+    ends = [_rate(end) for end in text.split("..")]
+    width = _rate(step)
+    if len(ends) == 1:
+        return (ends[0],)
+    if len(ends) > 2 or ends[0] > ends[1]:
+        raise BudgetError(f"{text!r} is no range of bits per weight; write for example '2.5..4.5'")
+    count = (ends[1] - ends[0]) / width
+    if count > MOST_RATES - 1:
+        raise BudgetError(f"{text!r} in steps of {step} has more than {MOST_RATES} budgets; take larger steps")
+    found = [ends[0] + index * width for index in range(math.floor(count) + 1)]
+    return (*found, ends[1]) if found[-1] < ends[1] else tuple(found)
+
+
 def print_nats(value: Fraction) -> str:
     """A predicted KL, exactly: "0.1nats"."""
     return f"{_exact(value, digits=12)}nats"
@@ -180,6 +201,13 @@ def _limit(text: str) -> tuple[str, Fraction | int]:
     if unit in LOSS_UNITS:
         return "kl_nats", number
     raise BudgetError(f"budget {text!r} has an unknown unit {unit!r}; known: {', '.join((*RATE_UNITS, *BYTE_UNITS, *LOSS_UNITS))}")
+
+
+def _rate(text: str) -> Fraction:
+    rate = Budget.parse(text).bits_per_weight
+    if rate is None:
+        raise BudgetError(f"{text!r} is no number of bits per weight")
+    return rate
 
 
 def _rounded_up(value: float, digits: int = 4) -> Fraction:

@@ -3,13 +3,14 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpc.budget import BYTE_UNITS, Budget
+from qpc.budget import BYTE_UNITS, MOST_RATES, Budget, rates
 from qpc.errors import BudgetError
 
 RATES = st.fractions(min_value=Fraction(1, 1000), max_value=64)
@@ -115,3 +116,33 @@ def test_a_refused_loss_names_feasible_budgets(kl: float, smallest: int, other: 
         room = Budget.parse(part.split(" (")[0]).weight_bytes(1000, other)
         assert room is not None and smallest <= room
     assert f"within {replace(budget, kl_nats=None)} " in text and "with 0.0000000001nats " in text
+
+
+@given(RATES, RATES, st.fractions(min_value=Fraction(1, 100), max_value=4))
+def test_a_range_steps_from_end_to_end(first: Fraction, last: Fraction, step: Fraction) -> None:
+    text = f"{first}..{last}"
+    if first > last or (last - first) / step > MOST_RATES - 1:
+        with pytest.raises(BudgetError, match=r"range|larger steps"):
+            rates(text, str(step))
+        return
+    found = rates(text, str(step))
+    assert (found[0], found[-1]) == (first, last)
+    widths = [high - low for low, high in pairwise(found)]
+    assert all(width == step for width in widths[:-1]) and all(0 < width <= step for width in widths)
+
+
+def test_ranges() -> None:
+    assert rates("2.5..4.5", "0.5") == tuple(Fraction(half, 2) for half in range(5, 10))
+    assert rates("3", "0.5") == (Fraction(3),)
+    for text, step in (
+        ("2..", "1"),
+        ("..", "1"),
+        ("2..3..4", "1"),
+        ("2..80MB", "1"),
+        ("2..3", "0"),
+        ("2..3", "-1"),
+        ("2..3", "1MB"),
+        ("4..2", "1"),
+    ):
+        with pytest.raises(BudgetError):
+            rates(text, step)
