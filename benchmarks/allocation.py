@@ -3,7 +3,7 @@
 Sensitivities are drawn (log-normal, deviation 1.2, the values more sensitive than queries and keys); losses follow ideal quantizers 0.4 dB
 off the bound; latencies are a roofline: bytes over the memory's speed, and for each launch and each transform a fixed time. The latency
 limit is a share of what all linears take at the rate of the byte limit, every group fused. "blind" is the loss when no group may be fused
-at the same limits; the Gaussian bound and the palette's are for the byte limit alone.
+at the same limits, if that is possible; the Gaussian bound and the palette's are for the byte limit alone.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import scipy
+import torch
 from torch import Tensor
 
-from benchmarks.rows import write_rows
+from benchmarks.rows import machine, write_rows
 from qpc.cost import Choice, Cost
 from qpc.errors import BudgetError
 from qpc.quant.quantizer import RingEncoder, UniformQuantizer
@@ -50,6 +51,12 @@ class Model:
 
 
 MODELS = (Model("Llama-3.1-8B", 32, 4096, 1024, 14336), Model("Llama-3.1-405B", 126, 16384, 1024, 53248))
+CASES: tuple[tuple[float, float | None, int | None], ...] = (
+    *((bits, share, None) for bits in (2.5, 3.25, 4.5) for share in (None, 0.95, 1.0, 1.05)),
+    *((3.25, share, most) for share in (None, 1.0) for most in (4, 8, 16)),
+)
+"""Bits per weight, share of the time, and how many distinct quantizers."""
+
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
@@ -92,28 +99,27 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks allocation", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--gap", type=float, default=5e-4, help="relative gap at which the solver may stop")
-    parser.add_argument("--most-quantizers", type=int, metavar="N", help="at most so many distinct quantizers")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     rows = []
     for model in MODELS:
-        for row in measure(model, options.gap, options.most_quantizers, options.seed):
+        for row in measure(model, options.gap, options.seed):
             rows.append(row)
             print(
                 "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True
             )
-    write_rows(options.json, "allocation", rows, {"scipy": scipy.__version__})
+    write_rows(options.json, "allocation", rows, {"scipy": scipy.__version__, "machine": machine(torch.device("cpu"))})
 
 
-def measure(model: Model, gap: float, most_quantizers: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    """A row for each pair of limits."""
+def measure(model: Model, gap: float, seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each case."""
     started_s = time.perf_counter()
     items = items_of(model, seed)
     singles = [item for item in items if len(item.sites) == 1]
     built_s = time.perf_counter() - started_s
     weights = [out * into for _ in range(model.layers) for out, into in model.linears.values()]
     sensitivities = [item.choices[0].cost.distortion / QUANTIZERS[0].distortion for item in singles]
-    for bits, share in itertools.product((2.5, 3.25, 4.5), (None, 0.95, 1.0, 1.05)):
+    for bits, share, most_quantizers in CASES:
         size = int(bits * sum(weights) / 8)
         fused_ps = size / (BYTES_PER_S * SHARE_OF_SPEED) * 1e12 + model.layers * len(GROUPS) * (LAUNCH_PS + TRANSFORM_PS)
         limits = Limits(size, None if share is None else int(share * fused_ps))
@@ -122,13 +128,14 @@ def measure(model: Model, gap: float, most_quantizers: int | None, seed: int) ->
         wall_s, process_s = time.perf_counter() - wall_s, time.process_time() - process_s
         assert found.cost.weight_bytes <= size, "the limit of bytes is kept"
         assert limits.latency_ps is None or found.cost.latency_ps <= limits.latency_ps, "the limit of time is kept"
-        blind = None if share is None else loss_unfused(singles, limits, gap)
+        blind = None if share is None or most_quantizers is not None else loss_unfused(singles, limits, gap)
         palette = palette_bound([[choice.cost for choice in item.choices] for item in singles], size)
         ideal = water_filling(sensitivities, weights, 8 * size).loss
         yield {
             "model": model.name,
             "bits": bits,
             "latency_share": share,
+            "most_quantizers": most_quantizers,
             "items": len(items),
             "build_s": built_s,
             "wall_s": wall_s,

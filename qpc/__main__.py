@@ -38,7 +38,7 @@ from qpc.arguments import (
 )
 from qpc.errors import EvaluationError, ModelError, QpcError, UsageError
 from qpc.report import Report, allocation_table, remarks, summary
-from qpc.terminal import ProgressBars
+from qpc.terminal import ProgressBars, silent_stdout
 
 if TYPE_CHECKING:
     from qpc.planner import Plan
@@ -99,7 +99,7 @@ def compile_model(
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     original, tokenizer = load_original(model, effort)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    with ProgressBars() as progress:
+    with ProgressBars() as progress, silent_stdout():
         compiled = qpc.compile(
             original.to(pick_device(device)),
             budget,
@@ -155,7 +155,7 @@ def plan_model(
         check_picture(plot)
     original, _ = load_original(model, effort)
     given = None if sensitivities is None else read_sensitivities(sensitivities)
-    with ProgressBars() as progress:
+    with ProgressBars() as progress, silent_stdout():
         plan = qpc.plan(
             original.to(pick_device(device)),
             budgets,

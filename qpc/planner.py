@@ -112,14 +112,17 @@ def plan(
     given = prepare(program, options, sensitivities, progress)
     weights = options.allocate(wanted[0], given).weights(program)
     subject = _Subject(tuple(weights.values()), other_bytes(program, weights))
-    points = []
-    for budget in track(wanted, "plan", len(wanted), progress):
-        found = options.allocate(budget, given).solve(program)
-        points.append(subject.point(str(budget), found.cost, found.gap, _by_weight(program, found)))
     report = None
     if len(wanted) == 1:
         Pipeline((options.allocate(wanted[0], given),)).run(program)
+        assert isinstance(program.allocation, Allocation), "the pass leaves it"
+        found = [program.allocation]
         report = make_report(program, options)
+    else:
+        found = [options.allocate(budget, given).solve(program) for budget in track(wanted, "plan", len(wanted), progress)]
+    points = [
+        subject.point(str(budget), each.cost, each.gap, _by_weight(program, each)) for budget, each in zip(wanted, found, strict=True)
+    ]
     return Plan(
         points=tuple(points),
         singles=tuple(subject.singles(default_palette(options.effort))),

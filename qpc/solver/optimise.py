@@ -22,6 +22,8 @@ from qpc.solver.tables import Floats, Picks, Row, Tables
 
 SIZES = (1000, 4000, 16000)
 """Choices in the integer program: first few, for a good allocation soon; then more, if the gap asks for it."""
+NEAREST_LOSS = 1e-6
+"""Relative gap at which a loss is called the smallest; whole numbers must be proven exactly."""
 WHOLE = 1e-6
 """What a number of launches may be off a whole one, and count as whole."""
 
@@ -32,19 +34,22 @@ def solve(
     *,
     objective: Resource = Resource.LOSS,
     rules: Rules | None = None,
-    relative_gap: float = 1e-6,
+    relative_gap: float = 1e-4,
     time_limit_s: float = 10.0,
 ) -> Allocation:
     """The allocation with the least of the objective that keeps limits and rules, to a relative gap.
 
-    Items cover each site exactly once, each with one quantizer; of equal ones the one of least latency is taken. Limits are kept to the
-    byte and the picosecond. Equal input gives equal output, unless the time limit stops the search; then, or when the integer program
-    becomes too large, the best allocation found is returned with its gap. The time limit is for one integer program after the other,
-    not for the laying out of tables and for the prices, which take about a second on the largest models.
+    Items cover each site exactly once, each with one quantizer; of covers with the same quantizers the fastest is taken. Limits are kept to
+    the byte and the picosecond. Equal input gives equal output, unless the time limit stops the search; then, or when the integer program
+    becomes too large, the best allocation found is returned with its gap. Tables and prices take a second on the largest models; the time
+    limit is for the integer programs of one search. A limited number of quantizers adds a search (among a set of them), and so does the
+    nearest feasible value of each limit that cannot be kept.
 
     Raises `InfeasibleError` if no allocation keeps the limits, `SolverError` if the items or rules contradict each other, HiGHS fails, or
     the time was too short to find an allocation or to exclude that there is one.
     """
+    if not items:
+        raise SolverError("there is nothing to allocate")
     rules = rules or Rules()
     quantizers = quantizers_of(items)
     tables = Tables.of(clusters_of(items, rules, quantizers), [quantizer is not None for quantizer in quantizers])
@@ -185,24 +190,25 @@ def _nearest(problem: Problem, limits: Mapping[Resource, float], time_limit_s: f
     if the time was too short to find that out.
     """
     nearest: dict[Resource, float] = {}
+    bites: list[str] = []
     undecided = False
+    asked = " and ".join(resource.show(limit) for resource, limit in limits.items())
     for resource, limit in limits.items():
         found = _minimise(_problem(problem.tables, resource, limits, problem.most_quantizers), _Effort(0.0, time_limit_s))
-        if found.best.picks is not None and found.best.value <= limit:
-            return found.best.picks
-        if found.best.picks is not None:
-            nearest[resource] = found.best.value
         undecided |= found.bound <= limit and found.status is not Status.OPTIMAL
-    asked = " and ".join(resource.show(limit) for resource, limit in limits.items())
+        if found.best.picks is None:
+            continue
+        if found.best.value <= limit:
+            return found.best.picks
+        nearest[resource] = found.best.value
+        rest = ", the other limits kept" if len(limits) > 1 else ""
+        proven = found.bound >= found.best.value * (1 - NEAREST_LOSS if resource is Resource.LOSS else 1)
+        less = "" if proven else f" (the smallest that was found; it is proven to be at least {resource.show(found.bound)})"
+        bites.append(f"{resource.show(limit)} is below the smallest feasible one of {resource.show(found.best.value)}{less}{rest}")
     if undecided:
         raise SolverError(f"the time limit of {time_limit_s} s was too short to find an allocation within {asked}, or that there is none")
     if not limits:
         raise InfeasibleError(f"no allocation has at most {problem.most_quantizers} distinct quantizers", {})
-    rest = ", the other limits kept" if len(limits) > 1 else ""
-    bites = [
-        f"{resource.show(limits[resource])} is below the smallest feasible one of {resource.show(amount)}{rest}"
-        for resource, amount in nearest.items()
-    ]
     if not bites:
         alone = [_minimise(_problem(problem.tables, each, {}, problem.most_quantizers), _Effort(0.0, time_limit_s)) for each in limits]
         bites = [
