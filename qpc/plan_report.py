@@ -42,7 +42,7 @@ def point_summary(plan: Plan, point: Point) -> RenderableType:
     table.add_row("bound", f"{point.bound:.4g} with ideal Gaussian quantizers; the plan lies {above_bound(point)} above")
     table.add_row("solver", "optimal" if point.solver_gap <= 1e-6 else f"within {point.solver_gap:.2%} of the optimum")
     for use in point.uses:
-        share = f"{use.linears} weight{'s' if use.linears > 1 else ''}, {use.weights / plan.weights:.1%}"
+        share = f"{use.linears} linear{'s' if use.linears > 1 else ''}, {use.weights / plan.weights:.1%} of the weights"
         table.add_row("quantizer", Text(f"{use.quantizer or 'none, as it is'}: {share}"))
     return table
 

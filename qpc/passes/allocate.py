@@ -22,7 +22,7 @@ from qpc.sensitivity import Loss, Sensitivities
 from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, solve
 
 RELATIVE_GAP = 1e-6
-"""Of the predicted loss: a limit of bytes alone is solved so far in about a second."""
+"""Of the predicted loss, within a limit of bytes."""
 
 SIZE_GAP = 1e-4
 """Of the bytes of the smallest model within a predicted loss: on SmolLM2-135M, 1e-5 takes ten seconds more and finds no smaller one."""
