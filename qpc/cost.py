@@ -1,4 +1,4 @@
-"""What a quantizer costs on a linear: stored bytes and expected distortion."""
+"""What a quantizer costs on a linear: stored bytes, expected distortion, and time."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -11,20 +11,22 @@ from qpc.quant.quantizer import Quantizer
 
 @dataclass(frozen=True)
 class Cost:
-    """What is paid: memory and error.
+    """What is paid: memory, error and time.
 
     weight_bytes: everything stored. distortion: relative squared error of the weight, or a sum of such errors times sensitivities [nats].
+    latency_ps: time to run it [picoseconds], launches and transforms included; 0 where nobody asks. Whole numbers, so that sums are exact.
     """
 
     weight_bytes: int
     distortion: float
+    latency_ps: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.weight_bytes + other.weight_bytes, self.distortion + other.distortion)
+        return Cost(self.weight_bytes + other.weight_bytes, self.distortion + other.distortion, self.latency_ps + other.latency_ps)
 
     def weighted(self, sensitivity: float) -> "Cost":
-        """The same bytes with the distortion times a sensitivity: nats of predicted KL."""
-        return Cost(self.weight_bytes, sensitivity * self.distortion)
+        """The same bytes and time with the distortion times a sensitivity: nats of predicted KL."""
+        return Cost(self.weight_bytes, sensitivity * self.distortion, self.latency_ps)
 
 
 @dataclass(frozen=True)

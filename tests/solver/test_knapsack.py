@@ -1,4 +1,4 @@
-"""The solver equals brute force on small instances, never exceeds a budget, and its bound holds."""
+"""A limit of bytes alone: the solver equals brute force on small instances, never exceeds a budget, and its bound holds."""
 
 import itertools
 import math
@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpc.cost import Choice, Cost
-from qpc.errors import BudgetError, SolverError
-from qpc.solver import Allocation, Item, Status, smallest_bytes, solve
+from qpc.errors import SolverError
+from qpc.solver import InfeasibleError, Item, Limits, Resource, Status, solve
+from tests.solver.instances import cost_of
 from tests.toy import ToyQuantizer
 
 COSTS = st.builds(Cost, st.integers(0, 60), st.one_of(st.floats(0, 10), st.integers(0, 4).map(float)))
@@ -26,14 +27,9 @@ def items_of(tables: list[list[Cost]], unit: int = 1) -> list[Item]:
     ]
 
 
-def cost_of(items: list[Item], allocation: Allocation) -> Cost:
-    """Cost of an allocation, from the items alone."""
-    total = Cost(0, 0.0)
-    for item in items:
-        chosen = {allocation.choices[site] for site in item.sites}
-        assert len(chosen) == 1
-        total += next(choice.cost for choice in item.choices if choice.quantizer in chosen)
-    return total
+def smallest_bytes(items: list[Item]) -> int:
+    """Bytes of the smallest allocation."""
+    return solve(items, Limits(), objective=Resource.BYTES).cost.weight_bytes
 
 
 @settings(max_examples=400, deadline=None)
@@ -46,16 +42,16 @@ def test_equals_brute_force(tables: list[list[Cost]], budget: int, unit: int) ->
         if sum(cost.weight_bytes for cost in costs) <= budget
     ]
     if not within:
-        with pytest.raises(BudgetError, match=str(smallest_bytes(items))):
-            solve(items, budget * unit)
+        with pytest.raises(InfeasibleError, match=str(smallest_bytes(items))):
+            solve(items, Limits(budget * unit))
         return
-    found = solve(items, budget * unit, relative_gap=1e-6)
+    found = solve(items, Limits(budget * unit), relative_gap=1e-6)
     assert cost_of(items, found).weight_bytes == found.cost.weight_bytes <= budget * unit
     assert cost_of(items, found).distortion == pytest.approx(found.cost.distortion)
     assert min(within) * (1 - 1e-9) <= found.cost.distortion <= min(within) * (1 + 1e-5) + 1e-12
     assert found.lower_bound <= min(within) * (1 + 1e-9)
     assert found.status is Status.OPTIMAL
-    assert solve(items, budget * unit, relative_gap=1e-6) == found
+    assert solve(items, Limits(budget * unit), relative_gap=1e-6) == found
 
 
 def large_instance(seed: int, linears: int, rates: int) -> tuple[list[Item], int]:
@@ -77,7 +73,7 @@ def large_instance(seed: int, linears: int, rates: int) -> tuple[list[Item], int
 def test_a_large_model_is_solved_in_seconds_to_a_small_gap(bits: float) -> None:
     items, weights = large_instance(seed=1, linears=224, rates=27)
     start = time.perf_counter()
-    found = solve(items, int(bits * weights / 8))
+    found = solve(items, Limits(int(bits * weights / 8)), relative_gap=1e-6)
     assert time.perf_counter() - start < 5
     assert found.gap <= 1e-6
     assert found.status is Status.OPTIMAL
@@ -86,14 +82,14 @@ def test_a_large_model_is_solved_in_seconds_to_a_small_gap(bits: float) -> None:
 
 def test_more_bytes_never_lose() -> None:
     items, weights = large_instance(seed=2, linears=12, rates=9)
-    losses = [solve(items, int(bits * weights / 8), relative_gap=1e-7).cost.distortion for bits in (1.6, 2, 2.1, 2.5, 3, 3.5)]
+    losses = [solve(items, Limits(int(bits * weights / 8)), relative_gap=1e-7).cost.distortion for bits in (1.6, 2, 2.1, 2.5, 3, 3.5)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1]
 
 
 def test_a_budget_above_the_largest_takes_the_best() -> None:
     items, _ = large_instance(seed=3, linears=8, rates=5)
-    found = solve(items, 1 << 60)
+    found = solve(items, Limits(1 << 60))
     assert set(found.choices.values()) == {ToyQuantizer(5)}
     assert found.gap == 0
 
@@ -101,15 +97,15 @@ def test_a_budget_above_the_largest_takes_the_best() -> None:
 def test_the_smallest_budget_is_feasible_and_a_byte_less_is_not() -> None:
     items, _ = large_instance(seed=3, linears=8, rates=5)
     smallest = smallest_bytes(items)
-    assert set(solve(items, smallest).choices.values()) == {ToyQuantizer(1)}
-    with pytest.raises(BudgetError, match=str(smallest)):
-        solve(items, smallest - 1)
+    assert set(solve(items, Limits(smallest)).choices.values()) == {ToyQuantizer(1)}
+    with pytest.raises(InfeasibleError, match=str(smallest)):
+        solve(items, Limits(smallest - 1))
 
 
 def test_no_time_still_gives_a_feasible_allocation_with_an_honest_gap() -> None:
     items, weights = large_instance(seed=4, linears=60, rates=27)
     budget = int(3.1 * weights / 8)
-    hurried, exact = solve(items, budget, relative_gap=0.0, time_limit_s=0.0), solve(items, budget, relative_gap=1e-7)
+    hurried, exact = solve(items, Limits(budget), relative_gap=0.0, time_limit_s=0.0), solve(items, Limits(budget), relative_gap=1e-7)
     assert hurried.cost.weight_bytes <= budget
     assert hurried.status is Status.TIME_LIMIT
     assert hurried.lower_bound <= exact.cost.distortion <= hurried.cost.distortion
@@ -118,7 +114,7 @@ def test_no_time_still_gives_a_feasible_allocation_with_an_honest_gap() -> None:
 
 def test_sites_of_one_item_get_one_quantizer() -> None:
     item = Item(("q", "k"), items_of([[Cost(1, 1.0), Cost(2, 0.5)]])[0].choices)
-    assert solve([item], 2).choices == {"q": ToyQuantizer(2), "k": ToyQuantizer(2)}
+    assert solve([item], Limits(2)).choices == {"q": ToyQuantizer(2), "k": ToyQuantizer(2)}
 
 
 def test_an_item_that_cannot_be_solved_names_its_linear() -> None:
