@@ -26,6 +26,9 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
+PARTS = 4
+"""In which the plans of a shape are compiled side by side."""
+
 
 def main() -> None:
     """Compile all, then measure shape by shape."""
@@ -36,7 +39,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="default plans alone")
     options = parser.parse_args()
     device = require_gpu()
-    jobs = [(bits, batch, shape) for bits, batch in product(options.bits, options.batch) for shape in LAYER]
+    jobs = list(product(options.bits, options.batch, LAYER, range(1 if options.quick else PARTS)))
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(partial(_compile, quick=options.quick), jobs))
     rows: list[dict[str, Any]] = []
@@ -57,22 +60,17 @@ def main() -> None:
         print(f"sum: default {sums['default']:.2f} best {sums['best']:.2f} bf16 {sums['bf16']:.2f} us", flush=True)
 
 
-def plans(
-    default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int
-) -> Iterator[fused.Plan]:
+def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
-    yield default
-    for warpgroups, depth, stages, load in product((1, 2), (1, 2, 4), (2, 3, 4), (2, 3, 4, 5, 6, 8)):
+    found = [default]
+    for warpgroups, depth, stages, load in product((1, 2), (1, 2, 4), (2, 3), (2, 3, 4, 5, 6, 7)):
         turn = warpgroups * depth
-        if any(width % turn for width in widths):
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages) < 64 * rows * turn:
             continue
         share = max(1, load * multiprocessors // (warpgroups * programs) // len(widths))
         splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-        longest = max(-(-width // turn // split) for width, split in zip(widths, splits, strict=True)) * turn * 64 * rows
-        room = fused.SHARED_BYTES - fused.HEAD_AND_TAIL_BYTES - 4 * turn * stages * 64 * step_bits
-        if room < 64 * rows * turn or room < 2048:
-            continue
-        yield fused.Plan(warpgroups, depth, splits, min(1 << (room.bit_length() - 1), max(2048, 1 << (longest - 1).bit_length())), stages)
+        found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages), stages))
+    return list(dict.fromkeys(found))
 
 
 def _calls(bits: Fraction, batch: int, shape: Shape, device: torch.device, copies: int) -> tuple[Any, Any, list[Any]]:
@@ -91,17 +89,16 @@ def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[f
     weight = weights[0]
     widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
     rows, count = operand_rows(batch), processors(device)
-    default = fused.plan(weight.codes[0].shape[0], widths, bits, rows, count)
-    programs = -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS)
-    return list(dict.fromkeys(plans(default, programs, widths, rows, max(bits), count)))[: 1 if quick else None]
+    default = fused.plan(weight.codes[0].shape[0], widths, bits, count)
+    return plans(default, -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS), widths, rows, max(bits), count)[: 1 if quick else None]
 
 
-def _compile(job: tuple[Fraction, int, Shape], quick: bool) -> None:
-    """Run every plan once, so that all kernels are compiled and cached."""
-    bits, batch, shape = job
+def _compile(job: tuple[Fraction, int, Shape, int], quick: bool) -> None:
+    """Run some plans once, so that their kernels are compiled and cached."""
+    bits, batch, shape, first = job
     device = require_gpu()
     weights, _, calls = _calls(bits, batch, shape, device, 1)
-    for cut in _grid(weights, batch, device, quick):
+    for cut in _grid(weights, batch, device, quick)[first::PARTS]:
         calls[0](cut)
     torch.cuda.synchronize()
 

@@ -31,8 +31,11 @@ STAGES = 2
 HEAD_AND_TAIL_BYTES = 1280
 """Shared memory besides codes and operand: barriers, and what a product reads behind a small operand."""
 
+FINISH_BYTES = 4096
+"""Shared memory in which the sums of a warpgroup change their layout."""
+
 SHARED_BYTES = 48 << 10
-"""Most static shared memory of a program."""
+"""Most shared memory of a program that is launched without asking for more."""
 
 MAX_COLUMNS = 21760
 """Input columns that a warp may add up in int32: 768 * 128 * 21760 < 2^31, the largest weight times the largest limb."""
@@ -80,10 +83,10 @@ class Plan:
 
 
 @cache
-def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], operand_rows: int, multiprocessors: int) -> Plan:
+def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], multiprocessors: int) -> Plan:
     """A plan that fills the multiprocessors once.
 
-    widths: block columns of each part, at least 1. operand_rows: a power of two up to 16.
+    widths: block columns of each part, at least 1.
     """
     warpgroups, depth = next(
         (warpgroups, depth)
@@ -99,16 +102,17 @@ def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], o
     shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
     least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
     splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
-    operand_bytes = 64 * operand_rows * turn
-    longest = max(-(-count // split) for count, split in zip(turns, splits, strict=True)) * operand_bytes
-    room = SHARED_BYTES - HEAD_AND_TAIL_BYTES - code_bytes(warpgroups, depth, max(step_bits))
-    largest = 1 << (room.bit_length() - 1)
-    return Plan(warpgroups, depth, splits, min(largest, max(2048, 1 << (longest - 1).bit_length())))
+    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits)))
 
 
-def code_bytes(warpgroups: int, depth: int, step_bits: int) -> int:
-    """Shared memory for the codes of one program."""
-    return 4 * warpgroups * STAGES * depth * 64 * step_bits
+def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES) -> int:
+    """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
+    return 1 << (chunk_room(warpgroups, depth, step_bits, stages).bit_length() - 1)
+
+
+def chunk_room(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES) -> int:
+    """Shared memory that is left for a chunk of the operand."""
+    return SHARED_BYTES - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
 def multiply(
@@ -134,7 +138,7 @@ def multiply(
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
     widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, words.shape[2], processors(device))
+    cut = cut or plan(rows, widths, step_bits, processors(device))
     splits = sum(cut.splits)
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     programs = -(-rows // PROGRAM_ROWS)

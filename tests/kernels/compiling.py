@@ -39,7 +39,7 @@ def usage(compiled: Any) -> Usage:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     assert found, text
     registers, stack, shared, local = map(int, found.groups())
-    return Usage(registers, stack + local, max(shared, compiled.metadata.shared))
+    return Usage(registers, stack + local, shared + compiled.metadata.shared)
 
 
 def instructions(compiled: Any) -> list[str]:

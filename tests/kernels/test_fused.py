@@ -26,12 +26,14 @@ TRELLIS = TrellisQuantizer(6, 19)
 CPU = torch.device("cpu")
 
 
-def compiled(*step_bits: int, operand_rows: int = 1, warpgroups: int = 2, depth: int = 2, split: bool = True) -> Any:
+def compiled(
+    *step_bits: int, operand_rows: int = 1, warpgroups: int = 2, depth: int = 2, split: bool = True, chunk_bytes: int = 8192
+) -> Any:
     """The kernel for sm_90a; a second number of bits is that of a second part."""
     first, second = (*step_bits, 0)[:2]
     constants = {
         "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
-        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": 8192, "OPERAND_ROWS": operand_rows,
+        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
         "HAS_BIAS": False, "SPLIT": split, "WARPGROUPS": warpgroups, "PDL": True,
     }  # fmt: skip
     types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
@@ -72,7 +74,7 @@ def test_decodes_without_masks_and_conversions(step_bits: int) -> None:
     kernel = compiled(step_bits)
     used, counts = usage(kernel), opcodes_a_turn(kernel)
     words = hash_words(step_bits)
-    assert used.stack == 0 and used.shared <= fused.SHARED_BYTES
+    assert used.stack == 0
     assert counts["IGMMA"] == 2 * 4 * words and counts["FFMA"] == 32
     assert 32 <= counts["LOP3"] <= 40 and 32 * words <= counts["IMAD"] <= 32 * words + 16
     assert counts["SHF"] <= 32 + 12 * (step_bits % 2) and counts["I2F"] == counts["PRMT"] == counts["LDG"] == 0
@@ -88,6 +90,14 @@ def test_compiles_within_its_registers(options: dict[str, Any]) -> None:
     assert used.registers <= fused.REGISTERS and used.stack == 0
 
 
+@pytest.mark.parametrize("warpgroups", [1, 2])
+def test_shared_memory_is_what_the_plan_takes_it_for(warpgroups: int) -> None:
+    """With as large a chunk as a plan may choose a launch needs no more than it gets; the kibibyte is the driver's own."""
+    chunk = fused.chunk_bytes(warpgroups, 2, 6)
+    used = usage(compiled(6, operand_rows=8, warpgroups=warpgroups, chunk_bytes=chunk))
+    assert fused.SHARED_BYTES - (used.shared - 1024) == fused.chunk_room(warpgroups, 2, 6) - chunk
+
+
 def test_two_rates_in_one_launch() -> None:
     used = usage(compiled(6, 7))
     assert used.registers <= fused.REGISTERS and used.stack == 0
@@ -101,7 +111,7 @@ def test_two_rates_in_one_launch() -> None:
 )
 def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: list[int], step_bits: list[int], operand_rows: int) -> None:
     bits = tuple(step_bits[: len(widths)])
-    cut = fused.plan(block_rows, tuple(widths), bits, operand_rows, 132)
+    cut = fused.plan(block_rows, tuple(widths), bits, 132)
     assert len(cut.splits) == len(widths)
     for width, splits in zip(widths, cut.splits, strict=True):
         assert width % cut.turn == 0, "a turn that is cut would read another row's codes"
@@ -109,8 +119,7 @@ def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: lis
         assert 1 <= splits <= turns
         longest = max(turns * (i + 1) // splits - turns * i // splits for i in range(splits))
         assert longest * cut.depth * 16 <= fused.MAX_COLUMNS
-    codes = fused.code_bytes(cut.warpgroups, cut.depth, max(bits))
-    assert codes + cut.chunk_bytes + fused.HEAD_AND_TAIL_BYTES <= fused.SHARED_BYTES
+    assert 0 < cut.chunk_bytes <= fused.chunk_room(cut.warpgroups, cut.depth, max(bits))
     assert cut.chunk_bytes % (64 * operand_rows * cut.turn) == 0, "a chunk is whole turns"
 
 
