@@ -26,6 +26,9 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
+CUTS = ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
+"""Warpgroups of a program and column blocks of a turn of one."""
+
 PARTS = 4
 """In which the plans of a shape are compiled side by side."""
 
@@ -48,12 +51,15 @@ def main() -> None:
         for shape in LAYER:
             found = list(_measured(bits, batch, shape, device, options.quick))
             default = found[0]
-            best = sorted(found, key=lambda row: row["us"])[:4]
+            best = sorted(found, key=lambda row: row["us"])[:6]
             bf16 = _bf16_us(batch, shape, device)
             sums["best"] += best[0]["us"]
             sums["default"] += default["us"]
             sums["bf16"] += bf16
-            shown = "; ".join(f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} s{row['splits']})" for row in best)
+            shown = "; ".join(
+                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} s{row['splits']})"
+                for row in best
+            )
             print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
             rows += [row | {"bf16_us": bf16} for row in found]
             write_rows(options.json, "fused_study", rows)
@@ -63,13 +69,15 @@ def main() -> None:
 def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for warpgroups, depth, stages, load in product((1, 2), (1, 2, 4), (2, 3), (2, 3, 4, 5, 6, 7)):
+    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2,)):
         turn = warpgroups * depth
         if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages) < 64 * rows * turn:
             continue
-        share = max(1, load * multiprocessors // (warpgroups * programs) // len(widths))
-        splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-        found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages), stages))
+        resident = fused.resident_warpgroups(registers) // warpgroups
+        for load in sorted({max(1, resident - 1), resident, resident + 1}):
+            share = max(1, load * multiprocessors // programs // len(widths))
+            splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
+            found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages), stages, registers))
     return list(dict.fromkeys(found))
 
 
@@ -113,7 +121,13 @@ def _measured(bits: Fraction, batch: int, shape: Shape, device: torch.device, qu
         timing = time_calls([partial(call, cut) for call in calls], proof)
         check(partial(calls[0], cut), expected, EXACT)
         what = {"rate": float(bits), "batch": batch, "out_features": shape[0], "in_features": shape[1]}
-        plan = {"warpgroups": cut.warpgroups, "depth": cut.depth, "stages": cut.stages, "splits": list(cut.splits)}
+        plan = {
+            "warpgroups": cut.warpgroups,
+            "depth": cut.depth,
+            "stages": cut.stages,
+            "registers": cut.registers,
+            "splits": list(cut.splits),
+        }
         yield what | plan | {"chunk_bytes": cut.chunk_bytes} | timing.row | {"max_rel_error": proof.max_rel_error}
 
 

@@ -40,10 +40,8 @@ SHARED_BYTES = 48 << 10
 MAX_COLUMNS = 21760
 """Input columns that a warp may add up in int32: 768 * 128 * 21760 < 2^31, the largest weight times the largest limb."""
 
-RESIDENT_WARPGROUPS = 4
-"""Warpgroups that a multiprocessor holds at a time, at 128 registers a thread."""
-
-REGISTERS = 128
+REGISTERS = 96
+"""Of a thread, with which no kernel spills."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
@@ -67,7 +65,8 @@ class Plan:
     """How one multiplication is cut.
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
-    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
+    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp. registers: of a
+    thread at most.
     """
 
     warpgroups: int
@@ -75,6 +74,7 @@ class Plan:
     splits: tuple[int, ...]
     chunk_bytes: int
     stages: int = STAGES
+    registers: int = REGISTERS
 
     @property
     def turn(self) -> int:
@@ -96,13 +96,18 @@ def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], m
     turn = warpgroups * depth
     turns = [width // turn for width in widths]
     programs = -(-block_rows // PROGRAM_ROWS)
-    wanted = max(len(widths), RESIDENT_WARPGROUPS // warpgroups * multiprocessors // programs)
+    wanted = max(len(widths), resident_warpgroups() // warpgroups * multiprocessors // programs)
     work = [count * hash_words(bits) for count, bits in zip(turns, step_bits, strict=True)]
     first = round(wanted * work[0] / sum(work))
     shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
     least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
     splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
     return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits)))
+
+
+def resident_warpgroups(registers: int = REGISTERS) -> int:
+    """Warpgroups that a multiprocessor holds at a time."""
+    return (1 << 16) // (128 * registers)
 
 
 def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES) -> int:
@@ -152,6 +157,6 @@ def multiply(
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=parts[0].unit, UNIT_1=parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
         OPERAND_ROWS=words.shape[2], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
-        num_warps=4 * cut.warpgroups, maxnreg=REGISTERS, launch_pdl=True,
+        num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

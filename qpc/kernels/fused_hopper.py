@@ -22,8 +22,6 @@ from qpc.kernels.fused_ptx import (
     BARRIER,
     COPY,
     INITIALIZE,
-    POLL,
-    POLL_CONSTRAINTS,
     PUBLISH,
     PUBLISH_BARRIERS,
     REFILL,
@@ -31,6 +29,9 @@ from qpc.kernels.fused_ptx import (
     finish_constraints,
     multiply,
     multiply_constraints,
+    poll,
+    poll_constraints,
+    polled,
     shared_bytes,
     types,
 )
@@ -49,12 +50,13 @@ _FACTOR, _MULTIPLIERS, _INCREMENTS = gl.constexpr(FACTOR), gl.constexpr(MULTIPLI
 _FINISH, _BARRIER = gl.constexpr("wgmma.wait_group.sync.aligned 0;"), gl.constexpr(BARRIER)
 _INITIALIZE, _PUBLISH_BARRIERS = gl.constexpr(INITIALIZE), gl.constexpr(PUBLISH_BARRIERS)
 _WAIT, _COPY, _REFILL = gl.constexpr(WAIT), gl.constexpr(COPY), gl.constexpr(REFILL)
-_POLL, _POLL_CONSTRAINTS, _PUBLISH = gl.constexpr(POLL), gl.constexpr(POLL_CONSTRAINTS), gl.constexpr(PUBLISH)
+_PUBLISH = gl.constexpr(PUBLISH)
 
 _multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
 _finish_constraints, _types = gluon.constexpr_function(finish_constraints), gluon.constexpr_function(types)
 _shared_bytes, _hash_words = gluon.constexpr_function(shared_bytes), gluon.constexpr_function(hash_words)
-_addend = gluon.constexpr_function(addend)
+_addend, _polled = gluon.constexpr_function(addend), gluon.constexpr_function(polled)
+_poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
 
 
 @gluon.jit
@@ -304,13 +306,17 @@ def fused_kernel(
                 _do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
             else:
                 others = gl.zeros([1024], gl.float32, gl.SliceLayout(0, layout))
-                for other in range(0, splits - 1, 8):
+                ELEMENTS: gl.constexpr = 8 // WARPGROUPS
+                AT_ONCE: gl.constexpr = _polled(ELEMENTS)
+                CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)
+                for other in range(0, splits - 1, AT_ONCE):
                     from_place = place - (splits - 1 - other) * STRIDE
                     count, stride = gl.full_like(index, splits - 1 - other), gl.full_like(index, 4 * STRIDE).to(gl.int64)
                     found = gl.inline_asm_elementwise(
-                        _POLL, _POLL_CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(8), is_pure=False, pack=1
-                    )
-                    for each in gl.static_range(8):
+                        _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
+                        pack=ELEMENTS,
+                    )  # fmt: skip
+                    for each in gl.static_range(AT_ONCE):
                         others += found[each].to(gl.float32, bitcast=True)
                 _store(others + total, operand_scales, scales, bias, out, item, row, mask, out_features, HAS_BIAS)
         else:

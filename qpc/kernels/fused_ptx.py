@@ -29,22 +29,41 @@ REFILL = "bar.warp.sync 0xffffffff; " + COPY
 PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], $3; mov.u32 $0, 0;}"
 """Leave $3 at $1 for another program, if $2."""
 
-_POLLED = 8
+
+def polled(elements: int) -> int:
+    """How many values `poll` awaits at a time for each element: 32 registers of them together, and 15 at most."""
+    return min(15, 32 // int(elements))
 
 
-def _poll() -> str:
-    """Read $10 values, 8 at most, from $8 on at a distance of $11 bytes, until none is free, and free the places; if not $9, zeros."""
-    each = range(_POLLED)
-    text = "{.reg .pred p, q; .reg .b32 m; .reg .b64 a; .reg .b32 v<8>; .reg .pred r<8>; setp.ne.u32 p, $9, 0; "
-    text += "".join(f"mov.b32 v{i}, 0; setp.gt.s32 r{i}, $10, {i}; " for i in each) + "@!p bra DONE; AGAIN: mov.b64 a, $8; "
-    text += "".join(f"@r{i} ld.volatile.global.b32 v{i}, [a]; add.s64 a, a, $11; " for i in each)
-    text += "max.u32 m, v0, v1; " + "".join(f"max.u32 m, m, v{i}; " for i in each if i > 1)
-    text += "setp.eq.u32 q, m, 0xFFFFFFFF; @q bra AGAIN; mov.b64 a, $8; mov.b32 m, 0xFFFFFFFF; "
-    text += "".join(f"@r{i} st.volatile.global.b32 [a], m; add.s64 a, a, $11; " for i in each)
-    return text + "DONE: " + " ".join(f"mov.b32 ${i}, v{i};" for i in each) + "}"
+def poll(elements: int, count: int) -> str:
+    """Read values that other programs leave until none is free, and free their places, for so many elements of a thread at a time.
+
+    Arguments of each element: where the first value is, whether there are any, how many (as many for each element, beyond `count` no
+    more), and their distance in bytes. Results are `count` values of each element, 0 for what is not there.
+    """
+    elements, count = int(elements), int(count)
+    first = elements * count  # the arguments come after the results, each of all elements
+    address, mask, size, stride = first, first + elements, first + 2 * elements, first + 3 * elements
+    read, free = "AGAIN: ", "mov.b32 m, 0xFFFFFFFF; "
+    for element in range(elements):
+        begin = f"setp.ne.u32 p, ${mask + element}, 0; mov.b64 a, ${address + element}; "
+        read += begin
+        free += begin
+        for i in range(count):
+            place = f"setp.gt.and.s32 q, ${size}, {i}, p; "
+            read += place + f"@q ld.volatile.global.b32 v{element * count + i}, [a]; add.s64 a, a, ${stride}; "
+            free += place + f"@q st.volatile.global.b32 [a], m; add.s64 a, a, ${stride}; "
+    text = f"{{.reg .pred p, q; .reg .b32 m; .reg .b64 a; .reg .b32 v<{first}>; "
+    text += "".join([f"mov.b32 v{i}, 0; " for i in range(first)]) + read
+    text += "mov.b32 m, 0; " + "".join([f"max.u32 m, m, v{i}; " for i in range(first)])
+    text += "setp.eq.u32 q, m, 0xFFFFFFFF; @q bra AGAIN; " + free
+    return text + " ".join([f"mov.b32 ${i}, v{i % elements * count + i // elements};" for i in range(first)]) + "}"
 
 
-POLL, POLL_CONSTRAINTS = _poll(), ",".join(["=r"] * _POLLED + ["l", "r", "r", "l"])
+def poll_constraints(elements: int, count: int) -> str:
+    """Of the registers of `poll`."""
+    elements = int(elements)
+    return ",".join(["=r"] * (elements * int(count)) + ["l"] * elements + ["r"] * (2 * elements) + ["l"] * elements)
 
 
 def types(count: int, unsigned: bool = False) -> tuple[gl.dtype, ...]:
