@@ -313,8 +313,8 @@ def fused_kernel(
                     from_place = place - (splits - 1 - other) * STRIDE
                     count, stride = gl.full_like(index, splits - 1 - other), gl.full_like(index, 4 * STRIDE).to(gl.int64)
                     found = gl.inline_asm_elementwise(
-                        _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
-                        pack=ELEMENTS,
+                        _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE),
+                        is_pure=False, pack=ELEMENTS,
                     )  # fmt: skip
                     for each in gl.static_range(AT_ONCE):
                         others += found[each].to(gl.float32, bitcast=True)
