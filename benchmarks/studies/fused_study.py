@@ -26,7 +26,7 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
+CUTS = ((1, 4), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4
@@ -69,15 +69,17 @@ def main() -> None:
 def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2,)):
+    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2, 3)):
         turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages) < 64 * rows * turn:
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages, registers) < 64 * rows * turn:
             continue
         resident = fused.resident_warpgroups(registers) // warpgroups
         for load in sorted({max(1, resident - 1), resident, resident + 1}):
             share = max(1, load * multiprocessors // programs // len(widths))
             splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-            found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages), stages, registers))
+            found.append(
+                fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages, registers), stages, registers)
+            )
     return list(dict.fromkeys(found))
 
 

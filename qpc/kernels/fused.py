@@ -37,6 +37,9 @@ FINISH_BYTES = 4096
 SHARED_BYTES = 48 << 10
 """Most shared memory of a program that is launched without asking for more."""
 
+RESIDENT_BYTES = 227 << 10
+"""Shared memory of a multiprocessor, less what the driver keeps for one program."""
+
 MAX_COLUMNS = 21760
 """Input columns that a warp may add up in int32: 768 * 128 * 21760 < 2^31, the largest weight times the largest limb."""
 
@@ -110,14 +113,15 @@ def resident_warpgroups(registers: int = REGISTERS) -> int:
     return (1 << 16) // (128 * registers)
 
 
-def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES) -> int:
+def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES, registers: int = REGISTERS) -> int:
     """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
-    return 1 << (chunk_room(warpgroups, depth, step_bits, stages).bit_length() - 1)
+    return 1 << (chunk_room(warpgroups, depth, step_bits, stages, registers).bit_length() - 1)
 
 
-def chunk_room(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES) -> int:
-    """Shared memory that is left for a chunk of the operand."""
-    return SHARED_BYTES - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
+def chunk_room(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES, registers: int = REGISTERS) -> int:
+    """Shared memory that is left for a chunk of the operand, if as many programs are to be resident as registers allow."""
+    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024
+    return min(SHARED_BYTES, share) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
 def multiply(
