@@ -26,7 +26,7 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((1, 4), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4))
+CUTS = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 1), (4, 2))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4
@@ -69,9 +69,9 @@ def main() -> None:
 def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2, 3)):
+    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2,)):
         turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages, registers) < 64 * rows * turn:
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages, registers) < 128 * rows * turn:
             continue
         resident = fused.resident_warpgroups(registers) // warpgroups
         for load in sorted({max(1, resident - 1), resident, resident + 1}):
@@ -99,7 +99,7 @@ def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[f
     weight = weights[0]
     widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
     rows, count = operand_rows(batch), processors(device)
-    default = fused.plan(weight.codes[0].shape[0], widths, bits, count)
+    default = fused.plan(weight.codes[0].shape[0], widths, bits, tuple(map(fused.words_of, weight.parts)), count)
     return plans(default, -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS), widths, rows, max(bits), count)[: 1 if quick else None]
 
 

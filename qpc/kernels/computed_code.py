@@ -4,15 +4,20 @@
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.quant.codebook import FACTOR, INCREMENTS, MULTIPLIERS, START, addend, hash_words
+from qpc.quant.codebook import DIRECTIONS, MULTIPLIERS, START, hash_words
 
-_START, _FACTOR = tl.constexpr(START), tl.constexpr(FACTOR)
-_MULTIPLIERS, _INCREMENTS = tl.constexpr(MULTIPLIERS), tl.constexpr(INCREMENTS)
+_START, _MULTIPLIERS = tl.constexpr(START), tl.constexpr(MULTIPLIERS)
+_COORDINATES = tl.constexpr(tuple(tuple(zip(*directions, strict=True)) for directions in DIRECTIONS))
+"""By word and weight: what each of the four bytes counts, the lowest first."""
+_PACKED = tl.constexpr(
+    tuple(tuple(int.from_bytes([c & 0xFF for c in each], "little") for each in zip(*word, strict=True)) for word in DIRECTIONS)
+)
+"""The same as words of signed bytes."""
 
-_addend, _hash_words = triton.constexpr_function(addend), triton.constexpr_function(hash_words)
+_hash_words = triton.constexpr_function(hash_words)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels, which rounds twice in a fused multiply-add."""
+"""Whether Triton's interpreter runs the kernels, which knows no dot product of bytes."""
 
 
 @triton.jit
@@ -37,30 +42,26 @@ def bits_from(low, high, offset):
 @triton.jit
 def decode_window(word, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
     """The two code values of the window in the low bits of a uint32, float32; the bits above it are of no account."""
-    return hash_window(word & ((1 << WINDOW_BITS) - 1), _addend(WINDOW_BITS), _hash_words(STEP_BITS))
+    return hash_window(word & ((1 << WINDOW_BITS) - 1), _hash_words(STEP_BITS, WINDOW_BITS))
 
 
 @triton.jit
-def hash_window(window, addend, WORDS: tl.constexpr):
-    """The same of a window with nothing above it, from `addend` and `hash_words` of `qpc.quant.codebook`."""
-    f = (window | _START).to(tl.float32, bitcast=True)
-    # float64 is exact here
-    g = (f.to(tl.float64) * _FACTOR + addend).to(tl.float32) if _INTERPRETED else tl.fma(f, _FACTOR, addend)
+def hash_window(window, WORDS: tl.constexpr):
+    """The same of a window with nothing above it, from so many words."""
     even, odd = tl.zeros_like(window).to(tl.int32), tl.zeros_like(window).to(tl.int32)
     for index in tl.static_range(WORDS):
-        word = (g.to(tl.uint32, bitcast=True) * _MULTIPLIERS[index] + _INCREMENTS[index]).to(tl.uint32)
-        even, odd = _add_bytes(even, word, 0), _add_bytes(odd, word, 1)
+        word = ((window | _START) * _MULTIPLIERS[index]).to(tl.uint32)
+        even = _add_bytes(even, word, _COORDINATES[index][0], _PACKED[index][0])
+        odd = _add_bytes(odd, word, _COORDINATES[index][1], _PACKED[index][1])
     return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
-def _add_bytes(total, word, FIRST: tl.constexpr):
-    """An int32 plus the signed bytes FIRST and FIRST + 2 of a uint32: on a GPU one instruction, the dot product of four bytes."""
+def _add_bytes(total, word, COORDINATES: tl.constexpr, PACKED: tl.constexpr):
+    """An int32 plus the signed bytes of a uint32, each times its coordinate: on a GPU one instruction."""
     if _INTERPRETED:
-        total += (word << (24 - 8 * FIRST)).to(tl.int32, bitcast=True) >> 24
-        total += (word << (8 - 8 * FIRST)).to(tl.int32, bitcast=True) >> 24
-    elif FIRST == 0:
-        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, 0x00010001, $2;", "=r,r,r", [word, total], tl.int32, is_pure=True, pack=1)
+        for index in tl.static_range(4):
+            total += ((word << (24 - 8 * index)).to(tl.int32, bitcast=True) >> 24) * COORDINATES[index]
     else:
-        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, 0x01000100, $2;", "=r,r,r", [word, total], tl.int32, is_pure=True, pack=1)
+        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,n,r", [word, PACKED, total], tl.int32, is_pure=True, pack=1)
     return total

@@ -1,8 +1,8 @@
 """Multiplication by trellis-coded weights on the integer tensor cores of Hopper: for what it is, and how it is launched.
 
 The kernel is in `qpc.kernels.fused_hopper`; activations come as the operand of `qpc.kernels.operand`. An element of the result is off by at
-most max_j |x_j| sum_j |w_j| / 65024 from rounding the activation to 16-bit fixed point, (S + 4) 2^-24 of the sizes of its S splits together
-from float32, and one rounding to its dtype; sums over columns are exact. Equal input gives equal output.
+most half a step of the scale for each byte of the weights from rounding projections to 16-bit fixed point (a step is 1 / 32512 of the
+largest of a row), (S + 4) 2^-24 of the sizes of its S splits together from float32, and one rounding to its dtype; sums of bytes are exact. Equal input gives equal output.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from qpc.kernels import workspaces
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, processors
 from qpc.kernels.select import Implementation, Support
-from qpc.quant.codebook import hash_words
+from qpc.quant.codebook import SCALE, hash_words
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 
@@ -40,8 +40,8 @@ SHARED_BYTES = 48 << 10
 RESIDENT_BYTES = 227 << 10
 """Shared memory of a multiprocessor, less what the driver keeps for one program."""
 
-MAX_COLUMNS = 21760
-"""Input columns that a warp may add up in int32: 768 * 128 * 21760 < 2^31, the largest weight times the largest limb."""
+MAX_COLUMNS = 32752
+"""Input columns that a warp may add up in int32: 4 * 128 * 128 * 32752 < 2^31, four bytes for each column times the largest limb."""
 
 REGISTERS = 96
 """Of a thread, with which no kernel spills."""
@@ -86,10 +86,10 @@ class Plan:
 
 
 @cache
-def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], multiprocessors: int) -> Plan:
+def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], words: tuple[int, ...], multiprocessors: int) -> Plan:
     """A plan that fills the multiprocessors once.
 
-    widths: block columns of each part, at least 1.
+    widths: block columns of each part, at least 1. words: that a window of each is hashed to.
     """
     warpgroups, depth = next(
         (warpgroups, depth)
@@ -100,7 +100,7 @@ def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], m
     turns = [width // turn for width in widths]
     programs = -(-block_rows // PROGRAM_ROWS)
     wanted = max(len(widths), resident_warpgroups() // warpgroups * multiprocessors // programs)
-    work = [count * hash_words(bits) for count, bits in zip(turns, step_bits, strict=True)]
+    work = [count * (2 + each) for count, each in zip(turns, words, strict=True)]  # in instructions: two for the window, one for a word
     first = round(wanted * work[0] / sum(work))
     shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
     least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
@@ -111,6 +111,11 @@ def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], m
 def resident_warpgroups(registers: int = REGISTERS) -> int:
     """Warpgroups that a multiprocessor holds at a time."""
     return (1 << 16) // (128 * registers)
+
+
+def words_of(quantizer: TrellisQuantizer) -> int:
+    """Words that a window is hashed to."""
+    return hash_words(quantizer.step_bits, quantizer.window_bits)
 
 
 def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES, registers: int = REGISTERS) -> int:
@@ -147,11 +152,11 @@ def multiply(
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
     widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, processors(device))
+    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), processors(device))
     splits = sum(cut.splits)
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     programs = -(-rows // PROGRAM_ROWS)
-    workspace = workspaces.take(programs * splits * 256 * words.shape[2], device) if splits > 1 else None
+    workspace = workspaces.take(programs * splits * 256 * words.shape[3], device) if splits > 1 else None
     turns = [width // cut.turn for width in widths]
     two = len(parts) > 1
     fused_kernel[(programs, splits)](
@@ -159,8 +164,8 @@ def multiply(
         turns[0], turns[-1], cut.splits[0], batch, rows, out_features,
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
-        UNIT_0=parts[0].unit, UNIT_1=parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=words.shape[2], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
+        UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
+        OPERAND_ROWS=words.shape[3], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
         num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

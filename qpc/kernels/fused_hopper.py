@@ -22,6 +22,7 @@ from qpc.kernels.fused_ptx import (
     BARRIER,
     COPY,
     INITIALIZE,
+    OF_LANE_0,
     PUBLISH,
     PUBLISH_BARRIERS,
     REFILL,
@@ -35,7 +36,7 @@ from qpc.kernels.fused_ptx import (
     shared_bytes,
     types,
 )
-from qpc.quant.codebook import FACTOR, INCREMENTS, MULTIPLIERS, START, addend, hash_words
+from qpc.quant.codebook import MULTIPLIERS, START, hash_words
 
 HEAD_BYTES = 1024
 """Barriers at the start of shared memory: that of the operand, then those of the codes."""
@@ -45,18 +46,17 @@ ROWS = 256
 """Of the weight, for each program."""
 
 _HEAD, _TAIL = gl.constexpr(HEAD_BYTES), gl.constexpr(TAIL_BYTES)
-_START = gl.constexpr(START)
-_FACTOR, _MULTIPLIERS, _INCREMENTS = gl.constexpr(FACTOR), gl.constexpr(MULTIPLIERS), gl.constexpr(INCREMENTS)
+_START, _MULTIPLIERS = gl.constexpr(START), gl.constexpr(MULTIPLIERS)
 _FINISH, _BARRIER = gl.constexpr("wgmma.wait_group.sync.aligned 0;"), gl.constexpr(BARRIER)
 _INITIALIZE, _PUBLISH_BARRIERS = gl.constexpr(INITIALIZE), gl.constexpr(PUBLISH_BARRIERS)
 _WAIT, _COPY, _REFILL = gl.constexpr(WAIT), gl.constexpr(COPY), gl.constexpr(REFILL)
-_PUBLISH = gl.constexpr(PUBLISH)
+_PUBLISH, _OF_LANE_0 = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0)
 
 _multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
 _finish_constraints, _types = gluon.constexpr_function(finish_constraints), gluon.constexpr_function(types)
 _shared_bytes, _hash_words = gluon.constexpr_function(shared_bytes), gluon.constexpr_function(hash_words)
-_addend, _polled = gluon.constexpr_function(addend), gluon.constexpr_function(polled)
 _poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
+_polled = gluon.constexpr_function(polled)
 
 
 @gluon.jit
@@ -118,13 +118,12 @@ def _hash(words, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, STEP: gl.co
         word = _funnel(word, words[FIRST + 1], gl.full_like(word, OFFSET))
     elif OFFSET > 0:
         word = word >> OFFSET
-    f = gl.inline_asm_elementwise(
+    word = gl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,n,n", [word, (1 << WINDOW_BITS) - 1, _START], gl.uint32, is_pure=True, pack=1
     )
-    g = gl.fma(f.to(gl.float32, bitcast=True), _FACTOR, _addend(WINDOW_BITS)).to(gl.uint32, bitcast=True)
     hashed = ()
-    for index in gl.static_range(_hash_words(STEP_BITS)):
-        hashed += (g * _MULTIPLIERS[index] + _INCREMENTS[index],)
+    for index in gl.static_range(_hash_words(STEP_BITS, WINDOW_BITS)):
+        hashed += (word * _MULTIPLIERS[index],)
     return hashed
 
 
@@ -132,13 +131,17 @@ def _hash(words, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, STEP: gl.co
 def _issue(registers, TILES: gl.constexpr, WORDS: gl.constexpr, HALF: gl.constexpr):
     """Start the products of half a block; registers: as `fused_ptx.multiply` takes them. Returns the sums."""
     CONSTRAINTS: gl.constexpr = _multiply_constraints(TILES, WORDS)
-    return gl.inline_asm_elementwise(_multiply(TILES, WORDS, HALF), CONSTRAINTS, registers, _types(16 * TILES), is_pure=False, pack=1)
+    TEXT: gl.constexpr = _multiply(TILES, WORDS, HALF)
+    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers, _types(16 * TILES), is_pure=False, pack=1)
 
 
 @gluon.jit
-def _add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr):
+def _add_block(
+    sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr, WORD_BYTES: gl.constexpr
+):  # fmt: skip
     """Start the products of one block with the operand at descriptor `operand`; sums: 16 int32 for each TILE of eight columns."""
-    WORDS: gl.constexpr = _hash_words(STEP_BITS)
+    WORDS: gl.constexpr = _hash_words(STEP_BITS, WINDOW_BITS)
+    operands = (operand,) if WORDS == 1 else (operand, operand + WORD_BYTES // 16)
     for half in gl.static_range(2):
         hashed = ()
         for tile in gl.static_range(2 * half, 2 * half + 2):
@@ -147,7 +150,7 @@ def _add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.co
                 each += (_hash(words, STEP_BITS, WINDOW_BITS, step),)
             for index in gl.static_range(WORDS):
                 hashed += (each[0][index], each[1][index], each[2][index], each[3][index])
-        sums = _issue(sums + hashed + (operand,), TILES, WORDS, half)
+        sums = _issue(sums + hashed + operands, TILES, WORDS, half)
     return sums
 
 
@@ -167,7 +170,7 @@ def _sum_part(
     TURN: gl.constexpr = DEPTH * WARPGROUPS
     CHUNK: gl.constexpr = CHUNK_BYTES // (TURN * OPERAND_BYTES)
     thread = gl.arange(0, 128 * WARPGROUPS, gl.BlockedLayout([1], [32], [4 * WARPGROUPS], [0]))
-    lane, warpgroup = thread % 32, thread // 128
+    lane, warpgroup = thread % 32, gl.inline_asm_elementwise(_OF_LANE_0, "=r,r", [thread // 128], gl.int32, is_pure=True, pack=1)
     block_row = gl.minimum(gl.program_id(0) * 4 + thread // 32 % 4, groups - 1)
     elected = lane == 0
     zero = gl.full_like(lane, 0)
@@ -208,7 +211,7 @@ def _sum_part(
         _do(_COPY, "=r,r,r,l,r,r", [shared, to, from_operand + zero, (thread == 0).to(gl.int32), count])
         _do(_WAIT, "=r,r,r", [shared, parity])
         # 16-byte units: address, and the distance of the two halves of a column block
-        described = (((to + (warpgroup * (DEPTH * OPERAND_BYTES)).to(gl.uint32)) >> 4) & 0x3FFF) | (OPERAND_BYTES // 32 << 16)
+        described = (((to + (warpgroup * (DEPTH * OPERAND_BYTES)).to(gl.uint32)) >> 4) & 0x3FFF) | (OPERAND_BYTES // 64 << 16)
         for turn in range(here):
             _do(_WAIT, "=r,r,r", [barrier, phase])
             arcs = ()
@@ -223,7 +226,9 @@ def _sum_part(
             slot, barrier, phase = gl.where(wraps, ring, slot), gl.where(wraps, barriers, barrier), gl.where(wraps, phase ^ 1, phase)
             for index in gl.static_range(DEPTH):
                 words = _aligned(arcs[index], shift, STEP_BITS)
-                sums = _add_block(sums, words, described + index * (OPERAND_BYTES // 16), STEP_BITS, WINDOW_BITS, TILES)
+                sums = _add_block(
+                    sums, words, described + index * (OPERAND_BYTES // 16), STEP_BITS, WINDOW_BITS, TILES, OPERAND_BYTES // 128
+                )
             described += TURN * (OPERAND_BYTES // 16)
         sums = gl.inline_asm_elementwise(_FINISH, _finish_constraints(TILES), sums, _types(16 * TILES), is_pure=False, pack=1)
         left -= here
@@ -264,7 +269,7 @@ def fused_kernel(
     operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows. workspace: float32 NaNs with all bits set, which it is again at the end.
     """
     TILES: gl.constexpr = (OPERAND_ROWS + 3) // 4
-    OPERAND_BYTES: gl.constexpr = 64 * OPERAND_ROWS
+    OPERAND_BYTES: gl.constexpr = 128 * OPERAND_ROWS
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
     if PDL:
         gdc_launch_dependents()

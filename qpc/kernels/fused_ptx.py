@@ -8,6 +8,9 @@ from triton.experimental.gluon import language as gl  # type: ignore[import-unty
 INITIALIZE = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$1], 1; mov.u32 $0, 0;}"
 """Make the barrier at $1, for one arrival a phase, if $2."""
 
+OF_LANE_0 = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
+"""What lane 0 has: so the assembler knows that it is the same in all lanes, and keeps it in uniform registers."""
+
 PUBLISH_BARRIERS = "fence.mbarrier_init.release.cluster; mov.u32 $0, 0;"
 """Let bulk copies see the barriers that this thread made."""
 
@@ -80,25 +83,28 @@ def multiply(tiles: int, words: int, half: int) -> str:
     """Multiply the words of two tiles of 16 rows (four warps: 64) by the operand, m64n(8 tiles)k32; return with the products under way.
 
     $0 on: all sums, of which those of the tiles 2 half and 2 half + 1 change; then the same as arguments; then `words` times four
-    registers for each of the two tiles; last the lower half of the operand's descriptor. The products before these are awaited, so that
+    registers for each of the two tiles; last the lower halves of the descriptors of the operands
+    of the words. The products before these are awaited, so that
     their registers are free for the next words; those started here are not.
     """
     tiles, words, half = int(tiles), int(words), int(half)
     sums, each = 16 * tiles, 4 * tiles
-    descriptor = f"{{${2 * sums + 8 * words}, 8}}"  # 8: the distance of eight rows of the operand, in 16 bytes
-    text = f"{{.reg .pred p; .reg .b64 d; setp.ne.b32 p, 1, 0; mov.b64 d, {descriptor}; wgmma.fence.sync.aligned; "
+    text = "{.reg .pred p; .reg .b64 d<2>; setp.ne.b32 p, 1, 0; "
+    for word in range(words):
+        text += f"mov.b64 d{word}, {{${2 * sums + 8 * words + word}, 8}}; "  # 8: the distance of eight rows of the operand, in 16 bytes
+    text += "wgmma.fence.sync.aligned; "
     for tile in range(2):
         accumulators = ", ".join(f"${(2 * half + tile) * each + i}" for i in range(each))
         for word in range(words):
             a = ", ".join(f"${2 * sums + 4 * (tile * words + word) + i}" for i in range(4))
-            text += f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, d, p; "
+            text += f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, d{word}, p; "
     return text + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;}"
 
 
 def multiply_constraints(tiles: int, words: int) -> str:
     """Of the registers of `multiply`."""
     sums = 16 * int(tiles)
-    return ",".join(["=r"] * sums + [str(i) for i in range(sums)] + ["r"] * (8 * int(words) + 1))
+    return ",".join(["=r"] * sums + [str(i) for i in range(sums)] + ["r"] * (9 * int(words)))
 
 
 def finish_constraints(tiles: int) -> str:

@@ -17,14 +17,14 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from qpc.kernels.operand import LIMB_REPEAT, PEAK, empty_operand
+from qpc.kernels.operand import PEAK, PROJECTIONS, empty_operand
 from qpc.quant.hadamard import factors, hadamard_matrix
 
 CREST = 8.0
 """Root mean squares that the scale of a rotated block holds: a value is beyond with probability at most 2 exp(-32), 3e-14."""
 
 _PEAK = tl.constexpr(float(PEAK))
-_LIMB_REPEAT = tl.constexpr(LIMB_REPEAT)
+_PROJECTIONS = tl.constexpr(PROJECTIONS)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: a float32 sum with it is rounded to the nearest integer, whose low bits are those of the sum."""
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -38,13 +38,23 @@ def _digits(values, inverse):
 
 
 @triton.jit
-def _store_pairs(words, first, second, pair, row, rows, mask):
-    """Store fixed-point values of columns 2 pair and 2 pair + 1 of a row as one word for each limb."""
-    at = words + (pair // 4 * rows + row) * 8 + pair % 4
-    high = (((first + 128) >> 8) & 0xFF) | ((((second + 128) >> 8) & 0xFF) << 8)
-    low = (first & 0xFF) | ((second & 0xFF) << 8)
-    tl.store(at, high * _LIMB_REPEAT, mask=mask)
-    tl.store(at + 4, low * _LIMB_REPEAT, mask=mask)
+def _projection(first, second, INDEX: tl.constexpr):
+    """One of the eight projections of columns 2 pair and 2 pair + 1."""
+    return first * _PROJECTIONS[INDEX][0] + second * _PROJECTIONS[INDEX][1]
+
+
+@triton.jit
+def _store_projections(words, first, second, inverse, pair, row, rows, mask):
+    """Store the limbs of all projections of columns 2 pair and 2 pair + 1 of a row, over their scale."""
+    for word in tl.static_range(2):
+        high, low = tl.zeros_like(pair), tl.zeros_like(pair)
+        for index in tl.static_range(4):
+            digits = _digits(_projection(first, second, 4 * word + index), inverse)
+            high |= (((digits + 128) >> 8) & 0xFF) << (8 * index)
+            low |= (digits & 0xFF) << (8 * index)
+        at = words + ((pair // 8 * 4 + word * 2 + pair // 4 % 2) * rows + row) * 8 + pair % 4
+        tl.store(at, high, mask=mask)
+        tl.store(at + 4, low, mask=mask)
 
 
 @triton.jit
@@ -59,16 +69,25 @@ def _rotated_pairs(values, SIZE: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
+def _peak(first, second):
+    """Size of the largest projection."""
+    largest = tl.zeros_like(first)
+    for index in tl.static_range(8):
+        largest = tl.maximum(largest, tl.abs(_projection(first, second, index)))
+    return tl.max(largest, 0)
+
+
+@triton.jit
 def _pack_kernel(x, words, scales, features, rows, x_stride, WIDTH: tl.constexpr):
     """The operand of rows as they are, WIDTH at least as wide; the scale is that of the peak. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, WIDTH // 2)
     first = tl.load(x + row * x_stride + 2 * pair, mask=2 * pair < features, other=0).to(tl.float32)
     second = tl.load(x + row * x_stride + 2 * pair + 1, mask=2 * pair + 1 < features, other=0).to(tl.float32)
-    peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
+    peak = _peak(first, second)
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
     tl.store(scales + row, peak / _PEAK + tl.sum(first * 0 + second * 0, 0))  # NaN if a value is not finite
-    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, rows, pair < (features + 15) // 16 * 8)
+    _store_projections(words, first, second, inverse, pair, row, rows, pair < (features + 15) // 16 * 8)
 
 
 @triton.jit
@@ -123,17 +142,14 @@ def _transform_kernel(
         else:
             acc += tl.load(matrix + member * OUTER + source, mask=member < OUTER, other=0)[:, None, None] * value[None, :, :]
     first, second = _rotated_pairs(tl.reshape(acc, (SIZE,)), SIZE, STAGES)
-    if PEAK_SCALE:
-        peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
-    else:
-        peak = crest * tl.sqrt(tl.sum(tl.reshape(energies, (POWER,)), 0))
+    peak = _peak(first, second) if PEAK_SCALE else crest * tl.sqrt(tl.sum(tl.reshape(energies, (POWER,)), 0))
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
     scale = peak / _PEAK * tl.rsqrt(1.0 * features)
     if NORM:
         scale = scale * tl.rsqrt(tl.sum(tl.reshape(squares, (POWER,)), 0) / features + eps)
     tl.store(scales + row, scale, mask=tl.program_id(0) == 0)
     pair = tl.program_id(0) * (SIZE // 2) + tl.arange(0, SIZE // 2)
-    _store_pairs(words, _digits(first, inverse), _digits(second, inverse), pair, row, rows, pair < features // 2)
+    _store_projections(words, first, second, inverse, pair, row, rows, pair < features // 2)
 
 
 @dataclass(frozen=True)
@@ -190,7 +206,7 @@ def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cu
     crest = min(CREST, block**0.5)
     _transform_kernel[(cut.programs, batch)](
         x, residual, None if norm is None else norm.weight, signs, _outer_matrix(cut.outer, block, x.device), hidden, words, scales,
-        features, words.shape[2], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+        features, words.shape[3], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset, crest,
         OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
         RESIDUAL=residual is not None, PEAK_SCALE=cut.peak_scale, PDL=False, num_warps=cut.warps,
@@ -203,7 +219,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, features = x.shape
     words, scales = empty_operand(batch, features, x.device)
     width = max(32, triton.next_power_of_2(features))
-    _pack_kernel[(batch,)](x, words, scales, features, words.shape[2], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
+    _pack_kernel[(batch,)](x, words, scales, features, words.shape[3], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
     return words, scales
 
 

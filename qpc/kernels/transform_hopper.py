@@ -10,11 +10,13 @@ from triton.experimental import gluon  # type: ignore[import-untyped]
 from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
-from qpc.kernels.operand import PEAK, SELECT_HIGH, SELECT_LOW
+from qpc.kernels.operand import PEAK, PROJECTIONS
 
 _PEAK = gl.constexpr(float(PEAK))
-_LOW = gl.constexpr(f"prmt.b32 $0, $1, $2, {SELECT_LOW};")
-_HIGH = gl.constexpr(f"prmt.b32 $0, $1, $2, {SELECT_HIGH};")
+_PROJECTIONS = gl.constexpr(PROJECTIONS)
+_BYTES = gl.constexpr("{.reg .b32 a, b; prmt.b32 a, $1, $2, SELECT; prmt.b32 b, $3, $4, SELECT; prmt.b32 $0, a, b, 0x5410;}")
+_LOW, _HIGH = gl.constexpr(_BYTES.value.replace("SELECT", "0x0040")), gl.constexpr(_BYTES.value.replace("SELECT", "0x0051"))
+"""Gather the lowest byte, or the second, of four words into one."""
 _ROUND = gl.constexpr(12582912.0)
 
 
@@ -153,12 +155,18 @@ def transform_kernel(
     for bit in gl.static_range(WARPS.bit_length() - 1):
         values = _stage(values, SIZE, VECTOR_BITS + 5 + bit)
 
-    digits = _digits(values, inverse)
-    first, second = gl.split(gl.reshape(digits, (SIZE // 2, 2)))
+    first, second = gl.split(gl.reshape(values, (SIZE // 2, 2)))
     pair = first_member * (POWER // 2) + gl.arange(0, SIZE // 2, first.type.layout)
-    at = words + (pair // 4 * rows + row) * 8 + pair % 4
+    at = words + ((pair // 8 * 4 + pair // 4 % 2) * rows + row) * 8 + pair % 4
     kept = pair < features // 2
-    low = gl.inline_asm_elementwise(_LOW, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1)
-    high = gl.inline_asm_elementwise(_HIGH, "=r,r,r", [first + 128, second + 128], dtype=gl.int32, is_pure=True, pack=1)
-    gl.store(at, high, mask=kept)
-    gl.store(at + 4, low, mask=kept)
+    for word in gl.static_range(2):
+        low = ()
+        high = ()
+        for index in gl.static_range(4):
+            projection = first * _PROJECTIONS[4 * word + index][0] + second * _PROJECTIONS[4 * word + index][1]
+            digits = _digits(projection, inverse)
+            low += (digits,)
+            high += (digits + 128,)
+        gl.store(at, gl.inline_asm_elementwise(_HIGH, "=r,r,r,r,r", high, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
+        gl.store(at + 4, gl.inline_asm_elementwise(_LOW, "=r,r,r,r,r", low, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
+        at += 16 * rows

@@ -15,7 +15,7 @@ from torch import Tensor
 from qpc.errors import KernelError
 from qpc.kernels.computed_code import hash_window
 from qpc.quant.bitstring import pack
-from qpc.quant.codebook import addend, hash_words
+from qpc.quant.codebook import hash_words
 from qpc.quant.neighbours import Neighbours, neighbours
 from qpc.quant.viterbi import joint_reach
 
@@ -26,9 +26,9 @@ SCRATCH_BYTES = 8 << 30
 """Bound on the memory of the symbols that won; half of the free memory if that is less."""
 
 
-@triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "addend", "free"])
+@triton.jit(do_not_specialize=["ring_steps", "first", "steps", "step_bits", "free"])
 def _walk_kernel(
-    values, cells, table, history, joint, ring_steps, first, steps, step_bits, addend, free,
+    values, cells, table, history, joint, ring_steps, first, steps, step_bits, free,
     SUFFIX_BITS: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Walk each ring from step `first` on, and keep the winning symbols in `history`, uint16 [rings, steps, suffixes].
@@ -49,7 +49,7 @@ def _walk_kernel(
         for slot in tl.static_range(SLOTS):
             window = high | tl.load(listed + slot * suffixes).to(tl.uint32)
             before = tl.gather(costs, (window & (suffixes - 1)).to(tl.int32), 0)
-            even, odd = hash_window(window, addend, WORDS)
+            even, odd = hash_window(window, WORDS)
             across, along = even - x_0, odd - x_1
             cost = tl.fma(along, along, tl.fma(across, across, before))
             marked = (cost.to(tl.int32, bitcast=True) & -SLOTS) | slot
@@ -122,7 +122,7 @@ def _search(values: Tensor, cells: Tensor, listed: Neighbours, symbols: Tensor, 
     joint = torch.empty(rings, dtype=torch.int32, device=values.device)
     for free, first, count, last in ((1, steps - reach, 2 * reach, reach), (0, 0, steps, 0)):
         _walk_kernel[(rings,)](
-            values, cells, listed.symbols, history, joint, steps, first, count, step_bits, addend(window_bits), free,
-            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, WORDS=hash_words(step_bits), num_warps=walk_warps(suffix_bits),
+            values, cells, listed.symbols, history, joint, steps, first, count, step_bits, free,
+            SUFFIX_BITS=suffix_bits, SLOTS=listed.slots, WORDS=hash_words(step_bits, window_bits), num_warps=walk_warps(suffix_bits),
         )  # fmt: skip
         _trace_kernel[(rings,)](history, joint, symbols, steps, count, last, step_bits, 1 << suffix_bits, free, num_warps=1)

@@ -1,76 +1,62 @@
-"""The computed code: two weights from one window of the bit string, as sums of the signed bytes of a hash of it.
+"""The computed code: two weights from one window of the bit string, as projections of the bytes of a product.
 
-The window is written into the mantissa of a float32 f from 0.5 on, and g = f C + D, rounded once. D lies near -C times the middle of all f,
-so that g is small and of either sign: the bits of g are the middle bits of the product, which depend on the whole window, and so do sign
-and exponent. From g, read as a 32-bit integer, multiply-adds modulo 2^32 make two words, three at high rates. The first weight of the pair
-is the sum of the signed bytes 0 and 2 of all words, the second that of bytes 1 and 3: an integer, nearly Gaussian, four bytes reaching to
-3.5 deviations and six to 4.2. (A computed code, and its sums of bytes, are QTIP's ideas, arXiv 2406.11235, section 3.1.)
+The window times an odd constant, modulo 2^32, is a word; one word at low rates, two at others. A word is taken as four signed bytes, and
+each byte as a step along a direction of the plane of the two weights: directions are spread evenly over the half circle, so that the sum of
+even bytes is nearly a round Gaussian. Of one word the directions lie 45 degrees apart and reach to 2.9 deviations, of two 22.5 degrees, 4.3
+deviations. Coordinates of the directions are integers, and so are the weights. (That a code may be computed, and sums of bytes, are ideas
+of QTIP, arXiv 2406.11235, section 3.1.)
 
-What a tensor core needs is the words themselves: its product of bytes adds the bytes up, and no mask and no conversion stands between the
-multiply-add and the product. `benchmarks/codes/README.md` tells how this code was chosen.
+What a tensor core needs is the words themselves. Its product of bytes adds them up, and the directions are given to the activation instead:
+(c b + d b') x = b (c x) + b' (d x). So nothing but a shift, a mask and the multiplications belongs to decoding.
+`benchmarks/codes/README.md` tells how this code was chosen.
 """
 
 import torch
 from torch import Tensor
 
 START = 0x3F000000
-"""The bits of 0.5, into whose mantissa the window is written. The highest bit of a window of 24 bits doubles f instead."""
-FACTOR = 0xB504F3 / 2**23
-"""C: the square root of 2 in float32."""
+"""Bits that are set above the window, so that no window is zero: they shift the highest byte of each word."""
 
-MULTIPLIERS = (0xAB8F3EFB, 0x65DA3213, 0xBD5351A3)
-"""What g is multiplied by, for each word; modulo 2^32."""
-INCREMENTS = (0x3AD5F537, 0x0E2F3119, 0x8468433F)
-"""What is added to the product, for each word."""
+MULTIPLIERS = (0xD4CE6D75, 0x65DA3213)
+"""What a window is multiplied by, for each word; modulo 2^32."""
 
-THREE_WORDS_FROM = 9
-"""Step bits from which three words are added: at high rates the tails count, and a sum of six bytes reaches farther."""
+DIRECTIONS = (((32, 0), (-23, -23), (0, 32), (23, -23)), ((30, 12), (-12, -30), (-12, 30), (-30, 12)))
+"""Steps in the plane of the two weights for each byte of each word, the lowest byte first. Their sum is small, for a byte has mean -1/2."""
 
-DEVIATION = {2: 147.8, 3: 181.0}
+SCALE = 32
+"""Length of a step, but for rounding."""
+
+DEVIATION = {1: 3372.0, 2: 4772.0}
 """Standard deviation of a code value, by the number of words; that of independent uniform bytes."""
 
+ONE_WORD_STEP_BITS, ONE_WORD_SUFFIX_BITS = 4, 14
+"""Largest step and suffix (window less step) of one word. It decodes a third faster and costs 0.07 dB at these rates, far more at higher
+ones, where the tails count. Longer windows are for those who want the least distortion."""
 
-def hash_words(step_bits: int) -> int:
-    """How many words the bytes are taken from: 2 or 3."""
-    return 3 if step_bits >= THREE_WORDS_FROM else 2
+
+def hash_words(step_bits: int, window_bits: int) -> int:
+    """How many words the bytes are taken from: 1 or 2."""
+    return 1 if step_bits <= ONE_WORD_STEP_BITS and window_bits - step_bits <= ONE_WORD_SUFFIX_BITS else 2
 
 
-def code_deviation(step_bits: int) -> float:
+def code_deviation(step_bits: int, window_bits: int) -> float:
     """Standard deviation of a code value."""
-    return DEVIATION[hash_words(step_bits)]
-
-
-def addend(window_bits: int) -> float:
-    """D for windows of this length, exactly a float32: -C times the middle of all f."""
-    exact = -FACTOR * (0.5 + 2.0 ** (window_bits - 25))
-    unit = 2.0**-23 if exact < -1 else 2.0**-24
-    return round(exact / unit) * unit
+    return DEVIATION[hash_words(step_bits, window_bits)]
 
 
 def decode_windows(windows: Tensor, step_bits: int, window_bits: int) -> Tensor:
-    """The code values of each window: int64 [...] with values in [0, 2^window_bits) -> float32 [..., 2], integers of at most 768.
-
-    The same on every device: float64 holds f C + D exactly, a multiple of 2^-47 below 4, so that the one rounding to float32 is that of a
-    fused multiply-add.
-    """
-    f = (windows | START).int().view(torch.float32)
-    g = (f.double() * FACTOR + addend(window_bits)).float().view(torch.int32).long() & 0xFFFFFFFF
-    even, odd = torch.zeros_like(g), torch.zeros_like(g)
-    for multiplier, increment in zip(MULTIPLIERS[: hash_words(step_bits)], INCREMENTS, strict=False):
-        word = (_multiplied(g, multiplier) + increment) & 0xFFFFFFFF
-        even += _signed_byte(word, 0) + _signed_byte(word, 2)
-        odd += _signed_byte(word, 1) + _signed_byte(word, 3)
-    return torch.stack([even, odd], dim=-1).float()
+    """The code values of each window: int64 [...] with values in [0, 2^window_bits) -> float32 [..., 2], integers of at most 20736."""
+    values = torch.zeros((*windows.shape, 2), dtype=torch.int64, device=windows.device)
+    for multiplier, directions in list(zip(MULTIPLIERS, DIRECTIONS, strict=True))[: hash_words(step_bits, window_bits)]:
+        word = (windows | START) * multiplier & 0xFFFFFFFF  # below 2^62
+        for index, direction in enumerate(directions):
+            values += _signed_byte(word, index)[..., None] * torch.tensor(direction, device=windows.device)
+    return values.float()
 
 
 def codebook(step_bits: int, window_bits: int) -> Tensor:
     """All code points of windows of this length: float32 [2^window_bits, 2]."""
     return decode_windows(torch.arange(1 << window_bits, dtype=torch.int64), step_bits, window_bits)
-
-
-def _multiplied(x: Tensor, factor: int) -> Tensor:
-    """`x * factor` modulo 2^32 of numbers below 2^32, without overflow of int64."""
-    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
 def _signed_byte(words: Tensor, index: int) -> Tensor:

@@ -71,7 +71,7 @@ class TrellisQuantizer(UniformQuantizer):
     @property
     def unit(self) -> float:
         """What a code value is multiplied by, for weights of unit variance."""
-        return 1 / (code_deviation(self.step_bits) * SPREAD[self.step_bits - MIN_STEP_BITS])
+        return 1 / (code_deviation(self.step_bits, self.window_bits) * SPREAD[self.step_bits - MIN_STEP_BITS])
 
     def encode(self, unit: Tensor, encoder: RingEncoder | None = None) -> Tensor:
         blocks = to_blocks(unit)

@@ -163,7 +163,7 @@ def _check_rotation(features: int, block: int, dtype: torch.dtype, device: str) 
 
 def _check_encoder(rings: int, steps: int, step_bits: int, window_bits: int, device: str) -> None:
     """Against the CPU encoder, which tries the same windows."""
-    values = code_deviation(step_bits) * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
+    values = code_deviation(step_bits, window_bits) * torch.randn(rings, steps, 2, generator=torch.Generator().manual_seed(0))
     words = viterbi.encode_rings(values.to(device), step_bits, window_bits).cpu()
     assert words.dtype == torch.int32 and words.shape == (rings, steps * step_bits // 32)
     best = cpu_encoder(values, step_bits, window_bits)

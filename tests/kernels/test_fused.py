@@ -111,7 +111,7 @@ def test_two_rates_in_one_launch() -> None:
 )
 def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: list[int], step_bits: list[int], operand_rows: int) -> None:
     bits = tuple(step_bits[: len(widths)])
-    cut = fused.plan(block_rows, tuple(widths), bits, 132)
+    cut = fused.plan(block_rows, tuple(widths), bits, tuple(2 for _ in bits), 132)
     assert len(cut.splits) == len(widths)
     for width, splits in zip(widths, cut.splits, strict=True):
         assert width % cut.turn == 0, "a turn that is cut would read another row's codes"
@@ -120,11 +120,11 @@ def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: lis
         longest = max(turns * (i + 1) // splits - turns * i // splits for i in range(splits))
         assert longest * cut.depth * 16 <= fused.MAX_COLUMNS
     assert 0 < cut.chunk_bytes <= fused.chunk_room(cut.warpgroups, cut.depth, max(bits))
-    assert cut.chunk_bytes % (64 * operand_rows * cut.turn) == 0, "a chunk is whole turns"
+    assert cut.chunk_bytes % (128 * operand_rows * cut.turn) == 0, "a chunk is whole turns"
 
 
 def test_sums_fit_int32() -> None:
-    assert 6 * 128 * 128 * fused.MAX_COLUMNS < 2**31
+    assert 4 * 128 * 128 * fused.MAX_COLUMNS < 2**31
 
 
 def test_says_why_not() -> None:
