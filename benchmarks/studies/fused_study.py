@@ -56,10 +56,7 @@ def main() -> None:
             sums["best"] += best[0]["us"]
             sums["default"] += default["us"]
             sums["bf16"] += bf16
-            shown = "; ".join(
-                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} s{row['splits']})"
-                for row in best
-            )
+            shown = "; ".join(f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} s{row['splits']})" for row in best)
             print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
             rows += [row | {"bf16_us": bf16} for row in found]
             write_rows(options.json, "fused_study", rows)
@@ -69,17 +66,15 @@ def main() -> None:
 def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers, stages in product(CUTS, (128, 96, 80), (2,)):
+    for warpgroups, depth in CUTS:
         turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, stages, registers) < 128 * rows * turn:
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, rows) < 128 * rows * turn:
             continue
-        resident = fused.resident_warpgroups(registers) // warpgroups
-        for load in sorted({max(1, resident - 1), resident, resident + 1}):
+        resident = fused.resident_warpgroups(warpgroups, rows) // warpgroups
+        for load in sorted({max(1, resident - 1), resident, resident + 1, resident + 2}):
             share = max(1, load * multiprocessors // programs // len(widths))
             splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-            found.append(
-                fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, stages, registers), stages, registers)
-            )
+            found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, rows)))
     return list(dict.fromkeys(found))
 
 
@@ -99,7 +94,7 @@ def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[f
     weight = weights[0]
     widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
     rows, count = operand_rows(batch), processors(device)
-    default = fused.plan(weight.codes[0].shape[0], widths, bits, tuple(map(fused.words_of, weight.parts)), count)
+    default = fused.plan(weight.codes[0].shape[0], widths, bits, tuple(map(fused.words_of, weight.parts)), rows, count)
     return plans(default, -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS), widths, rows, max(bits), count)[: 1 if quick else None]
 
 

@@ -7,12 +7,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 from qpc.quant.codebook import DIRECTIONS, MULTIPLIERS, START, hash_words
 
 _START, _MULTIPLIERS = tl.constexpr(START), tl.constexpr(MULTIPLIERS)
-_COORDINATES = tl.constexpr(tuple(tuple(zip(*directions, strict=True)) for directions in DIRECTIONS))
-"""By word and weight: what each of the four bytes counts, the lowest first."""
-_PACKED = tl.constexpr(
-    tuple(tuple(int.from_bytes([c & 0xFF for c in each], "little") for each in zip(*word, strict=True)) for word in DIRECTIONS)
+_COORDINATES = tl.constexpr(
+    tuple(int.from_bytes([c & 0xFF for c in each], "little", signed=True) for word in DIRECTIONS for each in zip(*word, strict=True))
 )
-"""The same as words of signed bytes."""
+"""What the bytes of a word count, as the four signed bytes of an int32: for both weights of the first word, then of the second."""
 
 _hash_words = triton.constexpr_function(hash_words)
 
@@ -51,17 +49,20 @@ def hash_window(window, WORDS: tl.constexpr):
     even, odd = tl.zeros_like(window).to(tl.int32), tl.zeros_like(window).to(tl.int32)
     for index in tl.static_range(WORDS):
         word = ((window | _START) * _MULTIPLIERS[index]).to(tl.uint32)
-        even = _add_bytes(even, word, _COORDINATES[index][0], _PACKED[index][0])
-        odd = _add_bytes(odd, word, _COORDINATES[index][1], _PACKED[index][1])
+        even = _add_bytes(even, word, _COORDINATES[2 * index])
+        odd = _add_bytes(odd, word, _COORDINATES[2 * index + 1])
     return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
-def _add_bytes(total, word, COORDINATES: tl.constexpr, PACKED: tl.constexpr):
+def _add_bytes(total, word, COORDINATES: tl.constexpr):
     """An int32 plus the signed bytes of a uint32, each times its coordinate: on a GPU one instruction."""
     if _INTERPRETED:
         for index in tl.static_range(4):
-            total += ((word << (24 - 8 * index)).to(tl.int32, bitcast=True) >> 24) * COORDINATES[index]
+            byte = (word << (24 - 8 * index)).to(tl.int32, bitcast=True) >> 24
+            total += byte * (((COORDINATES >> (8 * index) & 0xFF) ^ 0x80) - 0x80)
     else:
-        total = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,n,r", [word, PACKED, total], tl.int32, is_pure=True, pack=1)
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, COORDINATES, total], tl.int32, is_pure=True, pack=1
+        )
     return total

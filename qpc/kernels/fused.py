@@ -2,7 +2,8 @@
 
 The kernel is in `qpc.kernels.fused_hopper`; activations come as the operand of `qpc.kernels.operand`. An element of the result is off by at
 most half a step of the scale for each byte of the weights from rounding projections to 16-bit fixed point (a step is 1 / 32512 of the
-largest of a row), (S + 4) 2^-24 of the sizes of its S splits together from float32, and one rounding to its dtype; sums of bytes are exact. Equal input gives equal output.
+largest of a row), (S + 4) 2^-24 of the sizes of its S splits together from float32, and one rounding to its dtype. Sums of bytes are exact.
+Equal input gives equal output.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,12 @@ RESIDENT_BYTES = 227 << 10
 MAX_COLUMNS = 32752
 """Input columns that a warp may add up in int32: 4 * 128 * 128 * 32752 < 2^31, four bytes for each column times the largest limb."""
 
-REGISTERS = 96
-"""Of a thread, with which no kernel spills."""
+FEW_ROWS = ((4, 2), (2, 4), (2, 2), (4, 1), (1, 4), (2, 1), (1, 2), (1, 1))
+"""Warpgroups and depth, best first, for weights whose rows make programs for less than half of the multiprocessors: large programs, so that
+few have to put their sums together."""
+
+MANY_ROWS = ((1, 4), (2, 2), (1, 2), (2, 1), (1, 1))
+"""The same for others: small programs, which fill the multiprocessors evenly."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
@@ -68,8 +73,7 @@ class Plan:
     """How one multiplication is cut.
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
-    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp. registers: of a
-    thread at most.
+    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
     """
 
     warpgroups: int
@@ -77,7 +81,6 @@ class Plan:
     splits: tuple[int, ...]
     chunk_bytes: int
     stages: int = STAGES
-    registers: int = REGISTERS
 
     @property
     def turn(self) -> int:
@@ -86,31 +89,40 @@ class Plan:
 
 
 @cache
-def plan(block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], words: tuple[int, ...], multiprocessors: int) -> Plan:
-    """A plan that fills the multiprocessors once.
+def plan(
+    block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], words: tuple[int, ...], operand_rows: int, multiprocessors: int
+) -> Plan:
+    """A plan that fills the multiprocessors.
 
-    widths: block columns of each part, at least 1. words: that a window of each is hashed to.
+    widths: block columns of each part, at least 1. words: that a window of each is hashed to. operand_rows: a power of two up to 16.
     """
+    programs = -(-block_rows // PROGRAM_ROWS)
     warpgroups, depth = next(
         (warpgroups, depth)
-        for warpgroups, depth in ((2, 2), (2, 1), (1, 2), (1, 1))
+        for warpgroups, depth in (FEW_ROWS if programs <= multiprocessors // 2 else MANY_ROWS)
         if all(width % (warpgroups * depth) == 0 for width in widths)
+        and chunk_room(warpgroups, depth, max(step_bits), operand_rows) >= 128 * operand_rows * warpgroups * depth
     )
     turn = warpgroups * depth
     turns = [width // turn for width in widths]
-    programs = -(-block_rows // PROGRAM_ROWS)
-    wanted = max(len(widths), resident_warpgroups() // warpgroups * multiprocessors // programs)
+    load = resident_warpgroups(warpgroups, operand_rows) // warpgroups + (warpgroups == 1)
+    wanted = max(len(widths), load * multiprocessors // programs)
     work = [count * (2 + each) for count, each in zip(turns, words, strict=True)]  # in instructions: two for the window, one for a word
     first = round(wanted * work[0] / sum(work))
     shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
     least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
     splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
-    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits)))
+    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits), operand_rows))
 
 
-def resident_warpgroups(registers: int = REGISTERS) -> int:
-    """Warpgroups that a multiprocessor holds at a time."""
-    return (1 << 16) // (128 * registers)
+def registers(warpgroups: int, operand_rows: int) -> int:
+    """Of a thread, at most: as few as the kernel takes, where programs are small and many fit, and as many as a large one can have."""
+    return 96 if warpgroups == 1 and operand_rows <= 8 else 128
+
+
+def resident_warpgroups(warpgroups: int, operand_rows: int) -> int:
+    """Warpgroups that a multiprocessor holds at a time, in programs of so many."""
+    return (1 << 16) // (128 * registers(warpgroups, operand_rows))
 
 
 def words_of(quantizer: TrellisQuantizer) -> int:
@@ -118,14 +130,14 @@ def words_of(quantizer: TrellisQuantizer) -> int:
     return hash_words(quantizer.step_bits, quantizer.window_bits)
 
 
-def chunk_bytes(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES, registers: int = REGISTERS) -> int:
+def chunk_bytes(warpgroups: int, depth: int, step_bits: int, operand_rows: int, stages: int = STAGES) -> int:
     """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
-    return 1 << (chunk_room(warpgroups, depth, step_bits, stages, registers).bit_length() - 1)
+    return 1 << (chunk_room(warpgroups, depth, step_bits, operand_rows, stages).bit_length() - 1)
 
 
-def chunk_room(warpgroups: int, depth: int, step_bits: int, stages: int = STAGES, registers: int = REGISTERS) -> int:
+def chunk_room(warpgroups: int, depth: int, step_bits: int, operand_rows: int, stages: int = STAGES) -> int:
     """Shared memory that is left for a chunk of the operand, if as many programs are to be resident as registers allow."""
-    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024
+    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(warpgroups, operand_rows) - 1024
     return min(SHARED_BYTES, share) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
@@ -152,7 +164,7 @@ def multiply(
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
     widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), processors(device))
+    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), words.shape[3], processors(device))
     splits = sum(cut.splits)
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     programs = -(-rows // PROGRAM_ROWS)
@@ -166,6 +178,6 @@ def multiply(
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
         OPERAND_ROWS=words.shape[3], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
-        num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
+        num_warps=4 * cut.warpgroups, maxnreg=registers(cut.warpgroups, words.shape[3]), launch_pdl=True,
     )  # fmt: skip
     return out

@@ -226,9 +226,7 @@ def _sum_part(
             slot, barrier, phase = gl.where(wraps, ring, slot), gl.where(wraps, barriers, barrier), gl.where(wraps, phase ^ 1, phase)
             for index in gl.static_range(DEPTH):
                 words = _aligned(arcs[index], shift, STEP_BITS)
-                sums = _add_block(
-                    sums, words, described + index * (OPERAND_BYTES // 16), STEP_BITS, WINDOW_BITS, TILES, OPERAND_BYTES // 128
-                )
+                sums = _add_block(sums, words, described + index * (OPERAND_BYTES // 16), STEP_BITS, WINDOW_BITS, TILES, OPERAND_BYTES // 2)
             described += TURN * (OPERAND_BYTES // 16)
         sums = gl.inline_asm_elementwise(_FINISH, _finish_constraints(TILES), sums, _types(16 * TILES), is_pure=False, pack=1)
         left -= here

@@ -24,7 +24,7 @@ CREST = 8.0
 """Root mean squares that the scale of a rotated block holds: a value is beyond with probability at most 2 exp(-32), 3e-14."""
 
 _PEAK = tl.constexpr(float(PEAK))
-_PROJECTIONS = tl.constexpr(PROJECTIONS)
+_FIRST, _SECOND = (tl.constexpr(each) for each in zip(*PROJECTIONS, strict=True))
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: a float32 sum with it is rounded to the nearest integer, whose low bits are those of the sum."""
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -40,7 +40,7 @@ def _digits(values, inverse):
 @triton.jit
 def _projection(first, second, INDEX: tl.constexpr):
     """One of the eight projections of columns 2 pair and 2 pair + 1."""
-    return first * _PROJECTIONS[INDEX][0] + second * _PROJECTIONS[INDEX][1]
+    return first * _FIRST[INDEX] + second * _SECOND[INDEX]
 
 
 @triton.jit

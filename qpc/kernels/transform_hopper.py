@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: 
 from qpc.kernels.operand import PEAK, PROJECTIONS
 
 _PEAK = gl.constexpr(float(PEAK))
-_PROJECTIONS = gl.constexpr(PROJECTIONS)
+_FIRST, _SECOND = (gl.constexpr(each) for each in zip(*PROJECTIONS, strict=True))
 _BYTES = gl.constexpr("{.reg .b32 a, b; prmt.b32 a, $1, $2, SELECT; prmt.b32 b, $3, $4, SELECT; prmt.b32 $0, a, b, 0x5410;}")
 _LOW, _HIGH = gl.constexpr(_BYTES.value.replace("SELECT", "0x0040")), gl.constexpr(_BYTES.value.replace("SELECT", "0x0051"))
 """Gather the lowest byte, or the second, of four words into one."""
@@ -163,7 +163,7 @@ def transform_kernel(
         low = ()
         high = ()
         for index in gl.static_range(4):
-            projection = first * _PROJECTIONS[4 * word + index][0] + second * _PROJECTIONS[4 * word + index][1]
+            projection = first * _FIRST[4 * word + index] + second * _SECOND[4 * word + index]
             digits = _digits(projection, inverse)
             low += (digits,)
             high += (digits + 128,)

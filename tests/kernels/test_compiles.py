@@ -31,7 +31,7 @@ def tables(codes: tuple[Code, ...]) -> tuple[dict[str, str], dict[str, Any]]:
     return present, {f"table_{i}": None for i in range(len(codes)) if f"table_{i}" not in present}
 
 
-WALK = {"values": "*fp32", "cells": "*i32", "table": "*u16", "history": "*u16", "joint": "*i32", "symbols": "*i32", "addend": "fp32"}
+WALK = {"values": "*fp32", "cells": "*i32", "table": "*u16", "history": "*u16", "joint": "*i32", "symbols": "*i32"}
 
 
 def vector(first: Code, second: Code, batch: int, warps: int) -> Case:

@@ -42,7 +42,7 @@ def compiled(
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = GluonASTSource(fused_kernel, signature, constants, attributes)
-    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.REGISTERS}
+    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.registers(warpgroups, operand_rows)}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -87,20 +87,20 @@ def test_decodes_without_masks_and_conversions(step_bits: int) -> None:
 )
 def test_compiles_within_its_registers(options: dict[str, Any]) -> None:
     used = usage(compiled(6, **options))
-    assert used.registers <= fused.REGISTERS and used.stack == 0
+    assert used.registers <= fused.registers(2, 1) and used.stack == 0
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])
 def test_shared_memory_is_what_the_plan_takes_it_for(warpgroups: int) -> None:
     """With as large a chunk as a plan may choose a launch needs no more than it gets; the kibibyte is the driver's own."""
-    chunk = fused.chunk_bytes(warpgroups, 2, 6)
+    chunk = fused.chunk_bytes(warpgroups, 2, 6, 8)
     used = usage(compiled(6, operand_rows=8, warpgroups=warpgroups, chunk_bytes=chunk))
-    assert fused.SHARED_BYTES - (used.shared - 1024) == fused.chunk_room(warpgroups, 2, 6) - chunk
+    assert fused.SHARED_BYTES - (used.shared - 1024) == fused.chunk_room(warpgroups, 2, 6, 8) - chunk
 
 
 def test_two_rates_in_one_launch() -> None:
     used = usage(compiled(6, 7))
-    assert used.registers <= fused.REGISTERS and used.stack == 0
+    assert used.registers <= fused.registers(2, 1) and used.stack == 0
 
 
 @given(
@@ -111,7 +111,7 @@ def test_two_rates_in_one_launch() -> None:
 )
 def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: list[int], step_bits: list[int], operand_rows: int) -> None:
     bits = tuple(step_bits[: len(widths)])
-    cut = fused.plan(block_rows, tuple(widths), bits, tuple(2 for _ in bits), 132)
+    cut = fused.plan(block_rows, tuple(widths), bits, tuple(2 for _ in bits), operand_rows, 132)
     assert len(cut.splits) == len(widths)
     for width, splits in zip(widths, cut.splits, strict=True):
         assert width % cut.turn == 0, "a turn that is cut would read another row's codes"
@@ -119,7 +119,7 @@ def test_plans_cover_every_column_within_the_limits(block_rows: int, widths: lis
         assert 1 <= splits <= turns
         longest = max(turns * (i + 1) // splits - turns * i // splits for i in range(splits))
         assert longest * cut.depth * 16 <= fused.MAX_COLUMNS
-    assert 0 < cut.chunk_bytes <= fused.chunk_room(cut.warpgroups, cut.depth, max(bits))
+    assert 0 < cut.chunk_bytes <= fused.chunk_room(cut.warpgroups, cut.depth, max(bits), operand_rows)
     assert cut.chunk_bytes % (128 * operand_rows * cut.turn) == 0, "a chunk is whole turns"
 
 
