@@ -122,7 +122,6 @@ def _measured(bits: Fraction, batch: int, shape: Shape, device: torch.device, qu
             "warpgroups": cut.warpgroups,
             "depth": cut.depth,
             "stages": cut.stages,
-            "registers": cut.registers,
             "splits": list(cut.splits),
         }
         yield what | plan | {"chunk_bytes": cut.chunk_bytes} | timing.row | {"max_rel_error": proof.max_rel_error}
