@@ -56,7 +56,10 @@ def main() -> None:
             sums["best"] += best[0]["us"]
             sums["default"] += default["us"]
             sums["bf16"] += bf16
-            shown = "; ".join(f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} s{row['splits']})" for row in best)
+            shown = "; ".join(
+                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} s{row['splits']})"
+                for row in best
+            )
             print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
             rows += [row | {"bf16_us": bf16} for row in found]
             write_rows(options.json, "fused_study", rows)
@@ -66,15 +69,16 @@ def main() -> None:
 def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for warpgroups, depth in CUTS:
+    for (warpgroups, depth), registers in product(CUTS, (64, 80, 96)):
         turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, rows) < 128 * rows * turn:
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, registers) < 128 * rows * turn:
             continue
-        resident = fused.resident_warpgroups(warpgroups, rows) // warpgroups
-        for load in sorted({max(1, resident - 1), resident, resident + 1, resident + 2}):
+        resident = max(1, fused.resident_warpgroups(registers) // warpgroups)
+        for load in sorted({max(1, resident - 1), resident, resident + 1}):
             share = max(1, load * multiprocessors // programs // len(widths))
             splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-            found.append(fused.Plan(warpgroups, depth, splits, fused.chunk_bytes(warpgroups, depth, step_bits, rows)))
+            chunk_bytes = fused.chunk_bytes(warpgroups, depth, step_bits, registers)
+            found.append(fused.Plan(warpgroups, depth, splits, chunk_bytes, registers))
     return list(dict.fromkeys(found))
 
 
@@ -122,6 +126,7 @@ def _measured(bits: Fraction, batch: int, shape: Shape, device: torch.device, qu
             "warpgroups": cut.warpgroups,
             "depth": cut.depth,
             "stages": cut.stages,
+            "registers": cut.registers,
             "splits": list(cut.splits),
         }
         yield what | plan | {"chunk_bytes": cut.chunk_bytes} | timing.row | {"max_rel_error": proof.max_rel_error}

@@ -29,7 +29,7 @@ PROGRAM_ROWS = 4
 STAGES = 2
 """Slots of the ring of codes of a warp. Four were slower: what they gain in latency they lose in programs on a multiprocessor."""
 
-HEAD_AND_TAIL_BYTES = 1280
+HEAD_AND_TAIL_BYTES = 1536
 """Shared memory besides codes and operand: barriers, and what a product reads behind a small operand."""
 
 FINISH_BYTES = 4096
@@ -73,13 +73,15 @@ class Plan:
     """How one multiplication is cut.
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
-    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
+    chunk_bytes: of the operand that are copied to shared memory at a time. registers: of a thread at most. stages: slots of the ring of
+    codes of a warp.
     """
 
     warpgroups: int
     depth: int
     splits: tuple[int, ...]
     chunk_bytes: int
+    registers: int
     stages: int = STAGES
 
     @property
@@ -96,33 +98,33 @@ def plan(
 
     widths: block columns of each part, at least 1. words: that a window of each is hashed to. operand_rows: a power of two up to 16.
     """
-    programs = -(-block_rows // PROGRAM_ROWS)
+    programs, registers = -(-block_rows // PROGRAM_ROWS), register_limit(operand_rows)
     warpgroups, depth = next(
         (warpgroups, depth)
         for warpgroups, depth in (FEW_ROWS if programs <= multiprocessors // 2 else MANY_ROWS)
         if all(width % (warpgroups * depth) == 0 for width in widths)
-        and chunk_room(warpgroups, depth, max(step_bits), operand_rows) >= 128 * operand_rows * warpgroups * depth
+        and chunk_room(warpgroups, depth, max(step_bits), registers) >= 128 * operand_rows * warpgroups * depth
     )
     turn = warpgroups * depth
     turns = [width // turn for width in widths]
-    load = resident_warpgroups(warpgroups, operand_rows) // warpgroups + (warpgroups == 1)
+    load = resident_warpgroups(registers) // warpgroups + (warpgroups == 1)
     wanted = max(len(widths), load * multiprocessors // programs)
     work = [count * (2 + each) for count, each in zip(turns, words, strict=True)]  # in instructions: two for the window, one for a word
     first = round(wanted * work[0] / sum(work))
     shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
     least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
     splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
-    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits), operand_rows))
+    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits), registers), registers)
 
 
-def registers(warpgroups: int, operand_rows: int) -> int:
-    """Of a thread, at most: as few as the kernel takes, where programs are small and many fit, and as many as a large one can have."""
-    return 96 if warpgroups == 1 and operand_rows <= 8 else 128
+def register_limit(operand_rows: int) -> int:
+    """Registers of a thread: as few as the kernel takes."""
+    return 64 if operand_rows <= 4 else 80
 
 
-def resident_warpgroups(warpgroups: int, operand_rows: int) -> int:
-    """Warpgroups that a multiprocessor holds at a time, in programs of so many."""
-    return (1 << 16) // (128 * registers(warpgroups, operand_rows))
+def resident_warpgroups(registers: int) -> int:
+    """Warpgroups that a multiprocessor holds at a time."""
+    return (1 << 16) // (128 * registers)
 
 
 def words_of(quantizer: TrellisQuantizer) -> int:
@@ -130,14 +132,14 @@ def words_of(quantizer: TrellisQuantizer) -> int:
     return hash_words(quantizer.step_bits, quantizer.window_bits)
 
 
-def chunk_bytes(warpgroups: int, depth: int, step_bits: int, operand_rows: int, stages: int = STAGES) -> int:
+def chunk_bytes(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
     """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
-    return 1 << (chunk_room(warpgroups, depth, step_bits, operand_rows, stages).bit_length() - 1)
+    return 1 << (chunk_room(warpgroups, depth, step_bits, registers, stages).bit_length() - 1)
 
 
-def chunk_room(warpgroups: int, depth: int, step_bits: int, operand_rows: int, stages: int = STAGES) -> int:
+def chunk_room(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
     """Shared memory that is left for a chunk of the operand, if as many programs are to be resident as registers allow."""
-    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(warpgroups, operand_rows) - 1024
+    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024
     return min(SHARED_BYTES, share) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
@@ -164,11 +166,11 @@ def multiply(
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
     widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), words.shape[3], processors(device))
+    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), words.shape[1], processors(device))
     splits = sum(cut.splits)
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     programs = -(-rows // PROGRAM_ROWS)
-    workspace = workspaces.take(programs * splits * 256 * words.shape[3], device) if splits > 1 else None
+    workspace = workspaces.take(programs * splits * 256 * words.shape[1], device) if splits > 1 else None
     turns = [width // cut.turn for width in widths]
     two = len(parts) > 1
     fused_kernel[(programs, splits)](
@@ -177,7 +179,7 @@ def multiply(
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=words.shape[3], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
-        num_warps=4 * cut.warpgroups, maxnreg=registers(cut.warpgroups, words.shape[3]), launch_pdl=True,
+        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
+        num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

@@ -27,7 +27,6 @@ from qpc.kernels.fused_ptx import (
     PUBLISH_BARRIERS,
     REFILL,
     WAIT,
-    finish_constraints,
     multiply,
     multiply_constraints,
     poll,
@@ -40,20 +39,20 @@ from qpc.quant.codebook import MULTIPLIERS, START, hash_words
 
 HEAD_BYTES = 1024
 """Barriers at the start of shared memory: that of the operand, then those of the codes."""
-TAIL_BYTES = 256
-"""Behind the operand, since a product reads eight rows also where the operand has fewer."""
+TAIL_BYTES = 512
+"""Behind the operand, since a product reads four rows also where the operand has fewer."""
 ROWS = 256
 """Of the weight, for each program."""
 
 _HEAD, _TAIL = gl.constexpr(HEAD_BYTES), gl.constexpr(TAIL_BYTES)
 _START, _MULTIPLIERS = gl.constexpr(START), gl.constexpr(MULTIPLIERS)
-_FINISH, _BARRIER = gl.constexpr("wgmma.wait_group.sync.aligned 0;"), gl.constexpr(BARRIER)
+_BARRIER = gl.constexpr(BARRIER)
 _INITIALIZE, _PUBLISH_BARRIERS = gl.constexpr(INITIALIZE), gl.constexpr(PUBLISH_BARRIERS)
 _WAIT, _COPY, _REFILL = gl.constexpr(WAIT), gl.constexpr(COPY), gl.constexpr(REFILL)
 _PUBLISH, _OF_LANE_0 = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0)
 
 _multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
-_finish_constraints, _types = gluon.constexpr_function(finish_constraints), gluon.constexpr_function(types)
+_types = gluon.constexpr_function(types)
 _shared_bytes, _hash_words = gluon.constexpr_function(shared_bytes), gluon.constexpr_function(hash_words)
 _poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
 _polled = gluon.constexpr_function(polled)
@@ -128,30 +127,26 @@ def _hash(words, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, STEP: gl.co
 
 
 @gluon.jit
-def _issue(registers, TILES: gl.constexpr, WORDS: gl.constexpr, HALF: gl.constexpr):
-    """Start the products of half a block; registers: as `fused_ptx.multiply` takes them. Returns the sums."""
-    CONSTRAINTS: gl.constexpr = _multiply_constraints(TILES, WORDS)
-    TEXT: gl.constexpr = _multiply(TILES, WORDS, HALF)
-    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers, _types(16 * TILES), is_pure=False, pack=1)
-
-
-@gluon.jit
-def _add_block(
-    sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr, WORD_BYTES: gl.constexpr
-):  # fmt: skip
-    """Start the products of one block with the operand at descriptor `operand`; sums: 16 int32 for each TILE of eight columns."""
+def _add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr):
+    """The sums, four for each 16 rows and TILE of the batch, plus the products of one block with the operand at a byte address."""
     WORDS: gl.constexpr = _hash_words(STEP_BITS, WINDOW_BITS)
-    operands = (operand,) if WORDS == 1 else (operand, operand + WORD_BYTES // 16)
-    for half in gl.static_range(2):
-        hashed = ()
-        for tile in gl.static_range(2 * half, 2 * half + 2):
-            each = ()
-            for step in gl.static_range(4 * tile, 4 * tile + 4):
-                each += (_hash(words, STEP_BITS, WINDOW_BITS, step),)
-            for index in gl.static_range(WORDS):
-                hashed += (each[0][index], each[1][index], each[2][index], each[3][index])
-        sums = _issue(sums + hashed + operands, TILES, WORDS, half)
-    return sums
+    TEXT: gl.constexpr = _multiply(TILES, WORDS)
+    CONSTRAINTS: gl.constexpr = _multiply_constraints(TILES, WORDS)
+    activation = ()
+    for tile in gl.static_range(TILES):
+        activation += _load_words(operand + 512 * tile, 2 * WORDS)
+    made = ()
+    for quarter in gl.static_range(4):
+        each = ()
+        for step in gl.static_range(4 * quarter, 4 * quarter + 4):
+            each += (_hash(words, STEP_BITS, WINDOW_BITS, step),)
+        registers = ()
+        for index in gl.static_range(4 * TILES):
+            registers += (sums[4 * TILES * quarter + index],)
+        for index in gl.static_range(WORDS):
+            registers += (each[0][index], each[1][index], each[2][index], each[3][index])
+        made += gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers + activation, _types(4 * TILES), is_pure=True, pack=1)
+    return made
 
 
 @gluon.jit
@@ -210,8 +205,7 @@ def _sum_part(
         to, count = shared + _HEAD, gl.full_like(lane, here * (TURN * OPERAND_BYTES))
         _do(_COPY, "=r,r,r,l,r,r", [shared, to, from_operand + zero, (thread == 0).to(gl.int32), count])
         _do(_WAIT, "=r,r,r", [shared, parity])
-        # 16-byte units: address, and the distance of the two halves of a column block
-        described = (((to + (warpgroup * (DEPTH * OPERAND_BYTES)).to(gl.uint32)) >> 4) & 0x3FFF) | (OPERAND_BYTES // 64 << 16)
+        at = to + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
         for turn in range(here):
             _do(_WAIT, "=r,r,r", [barrier, phase])
             arcs = ()
@@ -226,9 +220,8 @@ def _sum_part(
             slot, barrier, phase = gl.where(wraps, ring, slot), gl.where(wraps, barriers, barrier), gl.where(wraps, phase ^ 1, phase)
             for index in gl.static_range(DEPTH):
                 words = _aligned(arcs[index], shift, STEP_BITS)
-                sums = _add_block(sums, words, described + index * (OPERAND_BYTES // 16), STEP_BITS, WINDOW_BITS, TILES, OPERAND_BYTES // 2)
-            described += TURN * (OPERAND_BYTES // 16)
-        sums = gl.inline_asm_elementwise(_FINISH, _finish_constraints(TILES), sums, _types(16 * TILES), is_pure=False, pack=1)
+                sums = _add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
+            at += TURN * OPERAND_BYTES
         left -= here
         from_operand += here * (TURN * OPERAND_BYTES // 4)
         parity ^= 1

@@ -79,35 +79,24 @@ def shared_bytes(size: int) -> str:
     return f"{{.shared .align 128 .b8 qpc_shared[{int(size)}]; mov.u32 $0, qpc_shared;}}"
 
 
-def multiply(tiles: int, words: int, half: int) -> str:
-    """Multiply the words of two tiles of 16 rows (four warps: 64) by the operand, m64n(8 tiles)k32; return with the products under way.
+def multiply(tiles: int, words: int) -> str:
+    """Multiply the words of 16 rows by the operand, m16n8k32, once for each of `tiles` of four rows of the batch.
 
-    $0 on: all sums, of which those of the tiles 2 half and 2 half + 1 change; then the same as arguments; then `words` times four
-    registers for each of the two tiles; last the lower halves of the descriptors of the operands
-    of the words. The products before these are awaited, so that
-    their registers are free for the next words; those started here are not.
+    $0 on: the sums, four for each tile; then the same as arguments; then four registers of each word, and of the operand two for each word
+    and tile, words foremost.
     """
-    tiles, words, half = int(tiles), int(words), int(half)
-    sums, each = 16 * tiles, 4 * tiles
-    text = "{.reg .pred p; .reg .b64 d<2>; setp.ne.b32 p, 1, 0; "
+    tiles, words = int(tiles), int(words)
+    sums, text = 4 * tiles, ""
     for word in range(words):
-        text += f"mov.b64 d{word}, {{${2 * sums + 8 * words + word}, 8}}; "  # 8: the distance of eight rows of the operand, in 16 bytes
-    text += "wgmma.fence.sync.aligned; "
-    for tile in range(2):
-        accumulators = ", ".join(f"${(2 * half + tile) * each + i}" for i in range(each))
-        for word in range(words):
-            a = ", ".join(f"${2 * sums + 4 * (tile * words + word) + i}" for i in range(4))
-            text += f"wgmma.mma_async.sync.aligned.m64n{8 * tiles}k32.s32.s8.s8 {{{accumulators}}}, {{{a}}}, d{word}, p; "
-    return text + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;}"
+        a = ", ".join([f"${2 * sums + 4 * word + i}" for i in range(4)])
+        for tile in range(tiles):
+            c = ", ".join([f"${4 * tile + i}" for i in range(4)])
+            b = ", ".join([f"${2 * sums + 4 * words + 2 * (tile * words + word) + i}" for i in range(2)])
+            text += f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{c}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
+    return text
 
 
 def multiply_constraints(tiles: int, words: int) -> str:
     """Of the registers of `multiply`."""
-    sums = 16 * int(tiles)
-    return ",".join(["=r"] * sums + [str(i) for i in range(sums)] + ["r"] * (9 * int(words)))
-
-
-def finish_constraints(tiles: int) -> str:
-    """Of sums that stay in their registers."""
-    sums = 16 * int(tiles)
-    return ",".join(["=r"] * sums + [str(i) for i in range(sums)])
+    sums = 4 * int(tiles)
+    return ",".join(["=r"] * sums + [str(i) for i in range(sums)] + ["r"] * (4 * int(words) + 2 * int(words) * int(tiles)))

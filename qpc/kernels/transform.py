@@ -52,9 +52,9 @@ def _store_projections(words, first, second, inverse, pair, row, rows, mask):
             digits = _digits(_projection(first, second, 4 * word + index), inverse)
             high |= (((digits + 128) >> 8) & 0xFF) << (8 * index)
             low |= (digits & 0xFF) << (8 * index)
-        at = words + ((pair // 8 * 4 + word * 2 + pair // 4 % 2) * rows + row) * 8 + pair % 4
+        at = words + (pair // 8 * rows + row) * 32 + pair % 4 * 4 + 2 * word + pair // 4 % 2
         tl.store(at, high, mask=mask)
-        tl.store(at + 4, low, mask=mask)
+        tl.store(at + 16, low, mask=mask)
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cu
     crest = min(CREST, block**0.5)
     _transform_kernel[(cut.programs, batch)](
         x, residual, None if norm is None else norm.weight, signs, _outer_matrix(cut.outer, block, x.device), hidden, words, scales,
-        features, words.shape[3], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+        features, words.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset, crest,
         OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
         RESIDUAL=residual is not None, PEAK_SCALE=cut.peak_scale, PDL=False, num_warps=cut.warps,
@@ -219,7 +219,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, features = x.shape
     words, scales = empty_operand(batch, features, x.device)
     width = max(32, triton.next_power_of_2(features))
-    _pack_kernel[(batch,)](x, words, scales, features, words.shape[3], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
+    _pack_kernel[(batch,)](x, words, scales, features, words.shape[1], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
     return words, scales
 
 

@@ -157,7 +157,7 @@ def transform_kernel(
 
     first, second = gl.split(gl.reshape(values, (SIZE // 2, 2)))
     pair = first_member * (POWER // 2) + gl.arange(0, SIZE // 2, first.type.layout)
-    at = words + ((pair // 8 * 4 + pair // 4 % 2) * rows + row) * 8 + pair % 4
+    at = words + (pair // 8 * rows + row) * 32 + pair % 4 * 4 + pair // 4 % 2
     kept = pair < features // 2
     for word in gl.static_range(2):
         low = ()
@@ -168,5 +168,5 @@ def transform_kernel(
             low += (digits,)
             high += (digits + 128,)
         gl.store(at, gl.inline_asm_elementwise(_HIGH, "=r,r,r,r,r", high, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
-        gl.store(at + 4, gl.inline_asm_elementwise(_LOW, "=r,r,r,r,r", low, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
-        at += 16 * rows
+        gl.store(at + 16, gl.inline_asm_elementwise(_LOW, "=r,r,r,r,r", low, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
+        at += 2
