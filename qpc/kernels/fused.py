@@ -1,4 +1,4 @@
-"""Multiplication by trellis-coded weights on the integer tensor cores of Hopper: for what it is, and how it is launched.
+"""Multiplication by trellis-coded weights on integer tensor cores: for what it is, and how it is launched.
 
 The kernel is in `qpc.kernels.fused_hopper`; activations come as the operand of `qpc.kernels.operand`. An element of the result is off by at
 most half a step of the scale for each byte of the weights from rounding projections to 16-bit fixed point (a step is 1 / 32512 of the
@@ -55,7 +55,7 @@ MANY_ROWS = ((1, 4), (2, 2), (1, 2), (2, 1), (1, 1))
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
     """Whether this multiplication runs here; otherwise why not."""
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY:
-        return Support(None, f"integer products of warpgroups need compute capability {CAPABILITY}, which {device} does not have")
+        return Support(None, f"bulk copies into shared memory need compute capability {CAPABILITY}, which {device} does not have")
     others = [quantizer for quantizer in quantizers if not isinstance(quantizer, TrellisQuantizer)]
     if others:
         return Support(None, f"the words of {others[0]} are no sums of bytes; only trellis codes are")
@@ -118,8 +118,8 @@ def plan(
 
 
 def register_limit(operand_rows: int) -> int:
-    """Registers of a thread: as few as the kernel takes."""
-    return 64 if operand_rows <= 4 else 80
+    """Registers of a thread: few, so that many warps are resident, but enough to spill none."""
+    return 80 if operand_rows <= 4 else 96 if operand_rows == 8 else 128
 
 
 def resident_warpgroups(registers: int) -> int:
@@ -132,15 +132,19 @@ def words_of(quantizer: TrellisQuantizer) -> int:
     return hash_words(quantizer.step_bits, quantizer.window_bits)
 
 
+def program_bytes(warpgroups: int, registers: int) -> int:
+    """Shared memory that a program may take if as many programs are to be resident as registers allow."""
+    return min(SHARED_BYTES, RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024)
+
+
 def chunk_bytes(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
     """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
     return 1 << (chunk_room(warpgroups, depth, step_bits, registers, stages).bit_length() - 1)
 
 
 def chunk_room(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
-    """Shared memory that is left for a chunk of the operand, if as many programs are to be resident as registers allow."""
-    share = RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024
-    return min(SHARED_BYTES, share) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
+    """Shared memory that is left for a chunk of the operand."""
+    return program_bytes(warpgroups, registers) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
 def multiply(

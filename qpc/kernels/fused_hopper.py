@@ -1,11 +1,11 @@
-"""The multiplication by a trellis-coded weight on the tensor cores of Hopper (sm_90a): decoded words are multiplied as bytes, exactly.
+"""The multiplication by a trellis-coded weight on integer tensor cores (sm_90): decoded words are multiplied as bytes, exactly.
 
 A program has one or more warpgroups. Each takes the same 256 rows of the weight, a warp one block row, and every so many column blocks:
 a *turn* of a program is DEPTH column blocks for each warpgroup. Codes stream into shared memory by bulk copies, into a ring of STAGES
 slots that each warp has for itself, so that no warp waits for another; the operand (`qpc.kernels.operand`) is copied as it is, in chunks.
-A lane reads its 16 windows from shared memory, hashes each to words (`qpc.quant.codebook`), and these go as they are from registers to
-`wgmma`, half a block at a time: while one half is multiplied the other is decoded. Sums are exact in int32, rows stay in their warps, and
-float32 begins where the limbs are put together.
+A lane reads its 16 windows from shared memory, multiplies each to words (`qpc.quant.codebook`), and these go as they are from registers to
+`mma`: the four words of four windows are its fragment of 16 rows. Sums are exact in int32, rows stay in their warps, and float32 begins
+where the limbs are put together. (`wgmma` was not faster: `benchmarks/results/nvidia-h100/KERNELS.md`.)
 
 Programs that share rows (splits of the input axis) leave their sums in a workspace; the last of them in the order of the grid waits for
 each value, adds them in that order, and frees the places again. A place that is free holds a NaN which no sum is. The wait ends, since

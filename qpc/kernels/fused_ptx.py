@@ -1,4 +1,4 @@
-"""The PTX of `qpc.kernels.fused_hopper`: products of bytes on a warpgroup, bulk copies, and waiting for other programs.
+"""The PTX of `qpc.kernels.fused_hopper`: products of bytes, bulk copies, and waiting for other programs.
 
 In all texts `$0` is a result; where only the effect counts it is 0 and nobody reads it. Predicates come as int32, 0 for no.
 """

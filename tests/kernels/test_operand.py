@@ -1,10 +1,11 @@
-"""The operand of the integer multiplication: fixed point of 16 bits, taken apart and put together again."""
+"""The operand of the integer multiplication: projections in fixed point of 16 bits, taken apart and put together again."""
 
 import pytest
 import torch
 
 from qpc.errors import KernelError
-from qpc.kernels.operand import PEAK, SELECT_HIGH, SELECT_LOW, operand_rows, pack_operand, peak_scales, unpack_operand
+from qpc.kernels.operand import PEAK, PROJECTIONS, operand_rows, pack_operand, peak_scales, projections, unpack_operand
+from qpc.quant.codebook import MULTIPLIERS, SCALE, START, decode_windows, hash_words
 from qpc.quant.layout import column_blocks
 
 
@@ -16,48 +17,61 @@ def activations(batch: int, features: int, dtype: torch.dtype) -> torch.Tensor:
     return (x * torch.logspace(-3, 0.5, batch)[:, None]).to(dtype)
 
 
+def bytes_of(word: int) -> list[int]:
+    """Signed, the lowest first."""
+    return [(word >> bit & 0xFF ^ 0x80) - 0x80 for bit in (0, 8, 16, 24)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("batch", "features"), [(1, 1), (2, 7), (3, 16), (5, 50), (16, 576)])
 def test_error_is_half_a_step(batch: int, features: int, dtype: torch.dtype) -> None:
     x = activations(batch, features, dtype)
     words, scales = pack_operand(x)
-    assert words.dtype == torch.int32 and words.shape == (column_blocks(features), 2, operand_rows(batch), 2, 4)
+    assert words.dtype == torch.int32 and words.shape == (column_blocks(features), operand_rows(batch), 2, 4, 2, 2)
     assert torch.equal(scales, peak_scales(x)) and scales.dtype == torch.float32
-    error = (unpack_operand(words, scales, features) - x.double()).abs()
-    assert (error <= scales.double()[:, None] * (0.5 + PEAK * 2**-23)).all()
+    error = (unpack_operand(words, scales) - projections(x)).abs()
+    assert (error <= scales.double()[:, None, None] * (0.5 + PEAK * 2**-23)).all()
+
+
+def test_projections_are_the_products_of_the_activation_with_each_direction() -> None:
+    x = torch.tensor([[3.0, -5.0, 7.0]])
+    for pair, (first, second) in ((0, (3.0, -5.0)), (1, (7.0, 0.0)), (2, (0.0, 0.0))):
+        assert projections(x)[0, pair].tolist() == [c * first + d * second for c, d in PROJECTIONS]
+
+
+@pytest.mark.parametrize(("step_bits", "window_bits"), [(4, 17), (6, 19)])
+def test_bytes_times_projections_are_weights_times_activations(step_bits: int, window_bits: int) -> None:
+    """Straight from the words in memory: the dot product of 8 decoded pairs with a column block, by their bytes and limbs."""
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(0, 1 << window_bits, (8,), generator=generator)
+    x = torch.randn(1, 16, generator=generator)
+    words, scales = pack_operand(x)
+    total = 0
+    for pair, window in enumerate(windows.tolist()):
+        half, t = pair // 4, pair % 4
+        for index in range(hash_words(step_bits, window_bits)):
+            code = bytes_of((window | START) * MULTIPLIERS[index] % 2**32)
+            for limb, weight in ((0, 256), (1, 1)):
+                total += weight * sum(a * b for a, b in zip(code, bytes_of(int(words[0, 0, limb, t, index, half])), strict=True))
+    expected = float(decode_windows(windows, step_bits, window_bits).double().flatten() @ x[0].double())
+    assert SCALE * total * float(scales[0]) == pytest.approx(expected, abs=8 * 8 * 128 * 16 * float(scales[0]))
+    assert abs(expected) > 100 * 8 * 128 * 16 * float(scales[0]), "the comparison means something"
 
 
 def test_columns_beyond_the_last_are_zero() -> None:
     words, scales = pack_operand(activations(3, 37, torch.float32))
-    assert not unpack_operand(words, scales.clamp(min=1), 48)[:, 37:].any()
+    assert not unpack_operand(words, scales.clamp(min=1))[:, 19:].any()
 
 
-def test_packing_a_packed_activation_changes_nothing() -> None:
-    words, scales = pack_operand(activations(4, 100, torch.float32))
-    again, _ = pack_operand(unpack_operand(words, scales, 100), scales)
-    assert torch.equal(words, again)
-
-
-def test_every_value_that_fits_comes_back() -> None:
-    x = torch.arange(-PEAK, PEAK + 1).double()[None]
-    words, _ = pack_operand(x, torch.ones(1))
-    assert torch.equal(unpack_operand(words, torch.ones(1), x.shape[1]), x)
+def test_rows_beyond_the_batch_are_zero() -> None:
+    words, _ = pack_operand(activations(3, 37, torch.float32))
+    assert words.shape[1] == 4 and not words[:, 3].any()
 
 
 def test_values_beyond_the_scale_saturate() -> None:
-    x = torch.tensor([[1e6, -1e6, 3.0]])
-    words, scales = pack_operand(x, torch.ones(1))
-    assert unpack_operand(words, scales, 3).tolist() == [[PEAK, -PEAK, 3]]
-
-
-def test_bytes_of_a_word() -> None:
-    """Columns c and c + 1, twice, in signed bytes; the selectors take them from the fixed-point values."""
-    words, _ = pack_operand(torch.tensor([[1000.0, -77.0]]), torch.ones(1))
-    for word, shift, select in ((words[0, 0, 0, 0, 0], 8, SELECT_HIGH), (words[0, 0, 0, 1, 0], 0, SELECT_LOW)):
-        made = [int(word) >> bit & 0xFF for bit in (0, 8, 16, 24)]
-        rounding = 128 if shift else 0
-        source = [(value + rounding) >> bit & 0xFF for value in (1000, -77) for bit in (0, 8, 16, 24)]
-        assert made == [source[select >> nibble & 0xF] for nibble in (0, 4, 8, 12)]
+    words, scales = pack_operand(torch.tensor([[1e6, 0.0, -1e6, 0.0]]), torch.ones(1))
+    made, exact = unpack_operand(words, scales)[0], projections(torch.tensor([[1e6, 0.0, -1e6, 0.0]]))[0]
+    assert torch.equal(made, exact.clamp(-PEAK, PEAK)) and (made == PEAK).any() and (made == -PEAK).any()
 
 
 def test_refuses_what_is_no_batch_of_rows() -> None:
