@@ -85,7 +85,7 @@ KERNELS: list[Case] = [
     *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
-    *(walk(*each) for each in ((9, 8, 3), (13, 4, 2), (13, 8, 2))),
+    *(walk(*each) for each in ((9, 8, 1), (13, 4, 1), (13, 8, 2))),
     TRACE,
 ]
 
