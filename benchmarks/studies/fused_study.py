@@ -71,7 +71,7 @@ def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int
     found = [default]
     for (warpgroups, depth), registers in product(CUTS, (64, 80, 96)):
         turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, registers) < 128 * rows * turn:
+        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, registers) < 256 * rows * turn:
             continue
         resident = max(1, fused.resident_warpgroups(registers) // warpgroups)
         for load in sorted({max(1, resident - 1), resident, resident + 1}):

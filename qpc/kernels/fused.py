@@ -103,7 +103,7 @@ def plan(
         (warpgroups, depth)
         for warpgroups, depth in (FEW_ROWS if programs <= multiprocessors // 2 else MANY_ROWS)
         if all(width % (warpgroups * depth) == 0 for width in widths)
-        and chunk_room(warpgroups, depth, max(step_bits), registers) >= 128 * operand_rows * warpgroups * depth
+        and chunk_room(warpgroups, depth, max(step_bits), registers) >= 256 * operand_rows * warpgroups * depth
     )
     turn = warpgroups * depth
     turns = [width // turn for width in widths]
@@ -138,12 +138,12 @@ def program_bytes(warpgroups: int, registers: int) -> int:
 
 
 def chunk_bytes(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
-    """The largest chunk of the operand: a power of two, and so whole turns of any operand."""
-    return 1 << (chunk_room(warpgroups, depth, step_bits, registers, stages).bit_length() - 1)
+    """The largest chunk of which two have room: a power of two, and so whole turns of any operand."""
+    return 1 << ((chunk_room(warpgroups, depth, step_bits, registers, stages) // 2).bit_length() - 1)
 
 
 def chunk_room(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
-    """Shared memory that is left for a chunk of the operand."""
+    """Shared memory that is left for two chunks of the operand."""
     return program_bytes(warpgroups, registers) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 

@@ -2,7 +2,8 @@
 
 A program has one or more warpgroups. Each takes the same 256 rows of the weight, a warp one block row, and every so many column blocks:
 a *turn* of a program is DEPTH column blocks for each warpgroup. Codes stream into shared memory by bulk copies, into a ring of STAGES
-slots that each warp has for itself, so that no warp waits for another; the operand (`qpc.kernels.operand`) is copied as it is, in chunks.
+slots that each warp has for itself, so that no warp waits for another. The operand (`qpc.kernels.operand`) is copied as it is, in chunks,
+one of which is under way while another is read.
 A lane reads its 16 windows from shared memory, multiplies each to words (`qpc.quant.codebook`), and these go as they are from registers to
 `mma`: the four words of four windows are its fragment of 16 rows. Sums are exact in int32, rows stay in their warps, and float32 begins
 where the limbs are put together. (`wgmma` was not faster: `benchmarks/results/nvidia-h100/KERNELS.md`.)
@@ -38,7 +39,7 @@ from qpc.kernels.fused_ptx import (
 from qpc.quant.codebook import MULTIPLIERS, START, hash_words
 
 HEAD_BYTES = 1024
-"""Barriers at the start of shared memory: that of the operand, then those of the codes."""
+"""Barriers at the start of shared memory: two of the operand, then those of the codes."""
 TAIL_BYTES = 512
 """Behind the operand, since a product reads four rows also where the operand has fewer."""
 ROWS = 256
@@ -150,6 +151,17 @@ def _add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.co
 
 
 @gluon.jit
+def _copy_chunk(operand, number, turns, shared, thread, CHUNK: gl.constexpr, TURN_BYTES: gl.constexpr):
+    """Let one thread start the copy of chunk `number` (the same in all threads) of the operand: CHUNK of its `turns`, or what is left."""
+    count = gl.minimum(turns - number * CHUNK, CHUNK)
+    starts = ((thread == 0) & (count > 0)).to(gl.int32)
+    source = operand + number * (CHUNK * TURN_BYTES // 4)
+    buffer = (number % 2).to(gl.uint32)
+    to = shared + _HEAD + buffer * (CHUNK * TURN_BYTES)
+    _do(_COPY, "=r,r,r,l,r,r", [shared + 8 * buffer, to, source, starts, count * TURN_BYTES])
+
+
+@gluon.jit
 def _sum_part(
     codes, operand, begin, end, turns, groups, shared, TILES: gl.constexpr, OPERAND_BYTES: gl.constexpr, STEP_BITS: gl.constexpr,
     WINDOW_BITS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr, WARPGROUPS: gl.constexpr,
@@ -171,8 +183,9 @@ def _sum_part(
     zero = gl.full_like(lane, 0)
 
     barriers = shared + 16 + (thread // 32 * (8 * STAGES)).to(gl.uint32)
-    ring = shared + (_HEAD + CHUNK_BYTES + _TAIL) + (thread // 32 * (STAGES * STAGE)).to(gl.uint32)
-    _do(_INITIALIZE, "=r,r,r", [shared, (thread == 0).to(gl.int32)])
+    ring = shared + (_HEAD + 2 * CHUNK_BYTES + _TAIL) + (thread // 32 * (STAGES * STAGE)).to(gl.uint32)
+    for index in gl.static_range(2):
+        _do(_INITIALIZE, "=r,r,r", [shared + 8 * index, (thread == 0).to(gl.int32)])
     for stage in gl.static_range(STAGES):
         _do(_INITIALIZE, "=r,r,r", [barriers + 8 * stage, elected.to(gl.int32)])
     _do(_PUBLISH_BARRIERS, "=r,r", [lane])
@@ -199,13 +212,14 @@ def _sum_part(
         sums += (zero,)
     slot, barrier, phase = ring, barriers, zero
     from_operand = operand + begin * (TURN * OPERAND_BYTES // 4)
-    parity = zero
+    for index in gl.static_range(2):
+        _copy_chunk(from_operand, zero + index, left, shared, thread, CHUNK, TURN * OPERAND_BYTES)
+    chunk = zero
     while left > 0:
         here = gl.minimum(left, CHUNK)
-        to, count = shared + _HEAD, gl.full_like(lane, here * (TURN * OPERAND_BYTES))
-        _do(_COPY, "=r,r,r,l,r,r", [shared, to, from_operand + zero, (thread == 0).to(gl.int32), count])
-        _do(_WAIT, "=r,r,r", [shared, parity])
-        at = to + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
+        buffer = (chunk % 2).to(gl.uint32)
+        _do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
+        at = shared + _HEAD + buffer * (CHUNK * TURN * OPERAND_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
         for turn in range(here):
             _do(_WAIT, "=r,r,r", [barrier, phase])
             arcs = ()
@@ -222,10 +236,10 @@ def _sum_part(
                 words = _aligned(arcs[index], shift, STEP_BITS)
                 sums = _add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
             at += TURN * OPERAND_BYTES
-        left -= here
-        from_operand += here * (TURN * OPERAND_BYTES // 4)
-        parity ^= 1
         _do(_BARRIER, "=r,r", [lane])
+        _copy_chunk(from_operand, chunk + 2, end - begin, shared, thread, CHUNK, TURN * OPERAND_BYTES)
+        left -= here
+        chunk += 1
     return sums
 
 
@@ -265,7 +279,7 @@ def fused_kernel(
     if PDL:
         gdc_launch_dependents()
     lane = gl.arange(0, 128 * WARPGROUPS, gl.BlockedLayout([1], [32], [4 * WARPGROUPS], [0]))
-    size: gl.constexpr = _HEAD + CHUNK_BYTES + _TAIL + 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
+    size: gl.constexpr = _HEAD + 2 * CHUNK_BYTES + _TAIL + 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
     shared = gl.inline_asm_elementwise(_shared_bytes(size), "=r,r", [lane], gl.uint32, is_pure=False, pack=1)
     split = gl.program_id(1)
     splits = gl.num_programs(1)
