@@ -17,10 +17,10 @@ from torch import Tensor
 START = 0x3F000000
 """Bits that are set above the window, so that no window is zero: they shift the highest byte of each word."""
 
-MULTIPLIERS = (0x69BBC38D, 0x43843925)
+MULTIPLIERS = (0x3CD91A83, 0x8EEE4941)
 """What a window is multiplied by, for each word; modulo 2^32."""
 
-DIRECTIONS = (((32, 0), (-23, -23), (23, -23), (0, 32)), ((30, 12), (-12, 30), (-30, 12), (-12, -30)))
+DIRECTIONS = (((32, 0), (0, 32), (-23, -23), (-23, 23)), ((12, 30), (-30, -12), (12, -30), (30, -12)))
 """Steps in the plane of the two weights for each byte of each word, the lowest byte first. Their sum is small, for a byte has mean -1/2."""
 
 SCALE = 32
