@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.codes.byte_sums import FusedByteSums, PermutedByteSums, WideByteSums
+from benchmarks.codes.byte_sums import FusedByteSums, LinearByteSums, PermutedByteSums, WideByteSums
 from benchmarks.codes.candidates import (
     Code,
     FoldedFused,
@@ -24,7 +24,7 @@ from benchmarks.codes.candidates import (
 from benchmarks.codes.measure import best_gap_db, gaussian_rings
 from benchmarks.codes.pareto import draw
 from benchmarks.codes.sass import decode_cost
-from benchmarks.codes.search import FAMILIES, search
+from benchmarks.codes.search import DIRECTIONS, FAMILIES, search
 
 MULTIPLIERS, INCREMENTS = (0x52A69AC1, 0x25C8E409), (0xEAD5C02B, 0xE345C183)
 """Of the byte differences, the first code."""
@@ -34,17 +34,29 @@ HIGH_RATES = FoldedFused(*dataclasses.astuple(LOW_RATES))
 """The best codes of halves: the same hash and the same two halves, put together differently."""
 
 FACTORS, ADDENDS = (0xAB8F3EFB, 0x65DA3213, 0xBD5351A3), (0x3AD5F537, 0x0E2F3119, 0x8468433F)
-"""Of the words of the byte sums."""
+"""Of the words of the byte sums, but for the linear ones."""
+
+LINEAR_FACTORS = (0x3CD91A83, 0x8EEE4941)
+"""Of the linear words."""
 
 SQRT_2 = float(np.float32(np.sqrt(2)))
 
-TWO_WORDS = FusedByteSums(FACTORS[:2], ADDENDS[:2], SQRT_2)
-THREE_WORDS = FusedByteSums(FACTORS, ADDENDS, SQRT_2)
-"""The winners: sums of bytes, with one word more at high rates."""
+ONE_WORD = LinearByteSums(LINEAR_FACTORS[:1], DIRECTIONS)
+TWO_WORDS = LinearByteSums(LINEAR_FACTORS, DIRECTIONS)
+"""The winners: linear byte projections, with one word more at high rates."""
+
+FUSED_TWO_WORDS = FusedByteSums(FACTORS[:2], ADDENDS[:2], SQRT_2)
+FUSED_THREE_WORDS = FusedByteSums(FACTORS, ADDENDS, SQRT_2)
+"""The best sums of bytes whose steps are axes."""
 
 CANDIDATES: tuple[Code, ...] = (
+    ONE_WORD,
     TWO_WORDS,
-    THREE_WORDS,
+    LinearByteSums(LINEAR_FACTORS[:1]),
+    LinearByteSums(LINEAR_FACTORS),
+    FusedByteSums(FACTORS[:2], ADDENDS[:2], SQRT_2, DIRECTIONS),
+    FUSED_TWO_WORDS,
+    FUSED_THREE_WORDS,
     PermutedByteSums(FACTORS[:2], ADDENDS[:2], 0x4260FBF3),
     PermutedByteSums(FACTORS, ADDENDS, 0x4260FBF3),
     WideByteSums(0xE4CD2FEB, 0xF34270C3),
@@ -64,7 +76,7 @@ RINGS = {3: 96, 4: 96, 6: 96, 7: 64, 8: 32, 10: 32}
 """Rings of 1024 weights by bits per pair; the search takes 32 at a time."""
 
 COSTS = ("instructions_per_weight", "logic_clocks_per_weight", "multiply_clocks_per_weight", "clocks_per_weight", "products_per_8_weights")
-"""Keys of a row: what a pair takes to decode, by weights, and the products of the tensor core that it fills."""
+"""Keys of a row: what a pair takes to decode and to multiply, by weights, and the products of the tensor core that it fills."""
 
 
 def gaussian_table(window_bits: int) -> Points:
@@ -93,7 +105,7 @@ def rows(scale: float) -> Iterator[dict[str, Any]]:
             window_bits = step_bits + EXTRA_BITS
             found = decode_cost(code, window_bits)
             clocks = (found.instructions, found.logic_clocks, found.multiply_clocks, found.clocks)
-            cost = dict(zip(COSTS, (*(each / 2 for each in clocks), code.registers), strict=True))
+            cost = dict(zip(COSTS, (*(round(each / 2, 3) for each in clocks), code.registers), strict=True))
             yield measured(code.name, code.decode(window_bits), code.dimension, pair_bits, count, cost)
 
 

@@ -2,7 +2,7 @@
 
 A candidate's `decode` is the definition, in numpy, exact. Its `ptx` reads the shifted word, whose bits above the window are garbage, and
 leaves what the tensor core multiplies; extraction by a funnel shift is counted apart. Scales are free: they join the row's scale. The
-codes of this file leave the pair as two halves in `$0`, those of `byte_sums` two or three words of bytes.
+codes of this file leave the pair as two halves in `$0`, those of `byte_sums` one to three words of bytes.
 """
 
 from dataclasses import dataclass

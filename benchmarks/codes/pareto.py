@@ -35,7 +35,7 @@ def draw(rows: Sequence[dict[str, Any]], rates: Sequence[float], path: Path) -> 
         for row in rows:
             if row["rate"] == rate and not _counted(row):
                 axes.axhline(row["gap_db"], color="#555555", linestyle="--", linewidth=0.8)
-        axes.set(xlabel="decoding, clocks per weight (sm_90)", ylabel="gap to the bound, dB", title=f"{rate:g} bits")
+        axes.set(xlabel="clocks per weight (sm_90)", ylabel="gap to the bound, dB", title=f"{rate:g} bits")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     legend = [plt.Line2D([], [], linestyle="", label=f"{number}  {name}") for name, number in numbers.items()]

@@ -23,6 +23,10 @@ INTEGER_MULTIPLY = {"IMAD", "IDP"}
 """Opcodes of the pipe of integer multiplications: two clocks, and four for IMAD.HI, both measured on an H100; IMAD.WIDE is taken for the
 like of IMAD.HI. What is in neither list, such as FFMA and HADD2, takes one clock, which is that of its issue."""
 
+ISSUE_CLOCKS, WORD_CLOCKS = 1.09, 1.3
+"""What an instruction takes of a sub-partition's clocks, and what a word takes in an integer wgmma that reads it from registers (5.2 for
+four words of a thread): measured on an H100. A word of two halves is taken for the like of one of bytes."""
+
 IDLE = {"NOP", "MOV", "IMAD.MOV"}
 """Opcodes that are not counted."""
 
@@ -54,11 +58,13 @@ class DecodeCost:
     """Clocks of the integer and logic pipe."""
     multiply_clocks: float
     """Clocks of the pipe of integer multiplications."""
+    words: int
+    """Registers that go to the tensor core."""
 
     @property
     def clocks(self) -> float:
-        """Clocks of the busiest of issue slot, logic pipe and multiply pipe."""
-        return max(self.instructions, self.logic_clocks, self.multiply_clocks)
+        """Clocks of issue with the products, or of the logic or the multiply pipe if it is busier."""
+        return max(ISSUE_CLOCKS * self.instructions + WORD_CLOCKS * self.words, self.logic_clocks, self.multiply_clocks)
 
 
 def opcodes(ptx: str, words: int, registers: int = 1) -> Counter[str]:
@@ -92,4 +98,5 @@ def decode_cost(code: Code, window_bits: int) -> DecodeCost:
         sum(counts.values()),
         2 * sum(count for name, count in counts.items() if name.split(".")[0] in LOGIC),
         sum(clocks * counts[name] for name, clocks in heavy.items()),
+        code.registers,
     )

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.codes.byte_sums import FusedByteSums, PermutedByteSums
+from benchmarks.codes.byte_sums import Directions, FusedByteSums, LinearByteSums, PermutedByteSums
 from benchmarks.codes.candidates import Code, FoldedHalves
 from benchmarks.codes.measure import gap_db, gaussian_rings
+
+DIRECTIONS: tuple[Directions, ...] = (
+    ((32, 0), (0, 32), (-23, -23), (-23, 23)),
+    ((12, 30), (-30, -12), (12, -30), (30, -12)),
+)
+"""Steps of the byte projections: 22.5 degrees apart, those of the first word 45."""
 
 SCREEN = ((4, 0.98), (6, 0.935))
 """Step bits and spread of the screening; windows have 12 bits more than a step."""
@@ -39,6 +45,11 @@ def fused_byte_sums(constants: Sequence[int]) -> FusedByteSums:
     return FusedByteSums((others[0], others[1]), (others[2], others[3]), 1 + (scale & 0x7FFFFF) / 2**23)
 
 
+def linear_byte_projections(constants: Sequence[int]) -> LinearByteSums:
+    """Odd constants to a code of two words."""
+    return LinearByteSums(tuple(constants), DIRECTIONS)
+
+
 @dataclass(frozen=True)
 class Family:
     """Codes that differ in their constants only."""
@@ -47,7 +58,7 @@ class Family:
     constants: int
 
 
-FAMILIES = (Family(folded_halves, 4), Family(permuted_byte_sums, 5), Family(fused_byte_sums, 5))
+FAMILIES = (Family(folded_halves, 4), Family(permuted_byte_sums, 5), Family(fused_byte_sums, 5), Family(linear_byte_projections, 2))
 
 
 def search(family: Family, count: int, seed: int, rings: int) -> list[Found]:

@@ -33,7 +33,7 @@ def test_both_searches_list_the_nearest(step_bits: int, window_bits: int) -> Non
 
 def test_every_target_has_a_cell() -> None:
     listed = neighbours(6, 12, torch.device("cpu"))
-    values = torch.tensor([[-1e3, 1e3], [0.0, 0.0], [1e3, -1e3]]) * code_deviation(6)
+    values = torch.tensor([[-1e3, 1e3], [0.0, 0.0], [1e3, -1e3]]) * code_deviation(6, 12)
     grid = len(listed.edges) + 1
     cells = listed.cells(values)
     assert cells.dtype == torch.int32 and cells.tolist()[0] == grid - 1 and cells.tolist()[2] == (grid - 1) * grid

@@ -70,7 +70,7 @@ def test_a_codeword_is_found_again() -> None:
 
 
 def test_result_depends_on_neither_threads_nor_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = code_deviation(3) * torch.randn(70, 128, 2, generator=torch.Generator().manual_seed(1))
+    values = code_deviation(3, 12) * torch.randn(70, 128, 2, generator=torch.Generator().manual_seed(1))
     monkeypatch.setenv("QPC_THREADS", "1")
     single = encode_rings(values, 3, 12)
     monkeypatch.setenv("QPC_THREADS", "3")
