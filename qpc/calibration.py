@@ -5,7 +5,7 @@ Text that the model samples from itself needs no data set.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,22 @@ Calibration = SelfSampled | Given
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a program with one input, in batches along the first axis, and others held out. description: where they come from."""
+    """Inputs of a program with one input, in batches along the first axis, and others held out.
+
+    description: where they come from. importance, held_out_importance: how much each position matters to each linear, if that is known: for
+    each batch, by name of the linear node, float32 [positions].
+    """
 
     batches: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
     description: str
+    importance: tuple[Mapping[str, Tensor], ...] | None = None
+    held_out_importance: tuple[Mapping[str, Tensor], ...] | None = None
+
+    def weighed(self, importance: Sequence[Mapping[str, Tensor]]) -> "Samples":
+        """The same with the importance of the positions of `batches` and then `held_out`."""
+        fit = len(self.batches)
+        return replace(self, importance=tuple(importance[:fit]), held_out_importance=tuple(importance[fit:]))
 
 
 def parse(

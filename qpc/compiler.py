@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import Budget
-from qpc.calibration import Calibration, SelfSampled, collect
+from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError, SettingsError
@@ -21,8 +21,10 @@ from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule, tie
 from qpc.passes.allocate import Allocate
 from qpc.passes.base import Pass
+from qpc.passes.calibrate import Calibrate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.embeddings import Embeddings
+from qpc.passes.feedbacks import Known
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
@@ -31,8 +33,9 @@ from qpc.passes.quantize import Quantize
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
-from qpc.sensitivity import Sensitivities, check_finite
-from qpc.sensitivity_cache import estimated
+from qpc.sensitivity import Method, Sensitivities, check_finite
+from qpc.sensitivity_cache import Wanted, estimated, weighed
+from qpc.sensitivity_cache import parse as parse_sensitivity
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Options:
         divides it. None is no limit.
     embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
+    weigh_positions: in these moments, by what gradients say of their importance.
+    sensitivity: how sensitivities are estimated.
 
     Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
     """
@@ -59,6 +64,8 @@ class Options:
     rotation_block: int | None = None
     embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
+    weigh_positions: bool = True
+    sensitivity: Wanted = field(default_factory=Wanted)
 
     def __post_init__(self) -> None:
         if self.embeddings is not None:
@@ -84,6 +91,7 @@ def compile(
     calibration: object = "self",
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
+    sensitivity: object = Method.GRADIENT,
     sensitivities: Sensitivities | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
@@ -96,7 +104,9 @@ def compile(
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
-    sensitivities: as estimated before; by default they are estimated without data.
+    sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
+        model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
+    sensitivities: as estimated before, instead.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
@@ -110,6 +120,7 @@ def compile(
         rotation_block,
         parse_rate(embeddings),
         parse_calibration(calibration, tokenizer=tokenizer),
+        sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline(lowering(program)).run(program)
@@ -148,13 +159,11 @@ def captured(model: nn.Module, options: Options, example_inputs: tuple[Tensor, .
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
     group(program, options)
-    samples, remarks = collect(options.calibration, program, options.seed, progress)
-    program.remarks += remarks
-    program.calibration = None if samples is None else samples.description
-    sensitivities = prepare(program, options, sensitivities, progress)
+    known = Known()
+    sensitivities, samples = prepare(program, options, sensitivities, known, progress)
     rest: tuple[Pass, ...] = (
         options.allocate(options.budget, sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, samples),
+        Quantize(options.seed, options.rotation_block, progress, samples, known=known),
     )
     Pipeline(rest).run(program)
     return program
@@ -172,15 +181,29 @@ def group(program: Program, options: Options) -> None:
     check_finite(program)
 
 
-def prepare(program: Program, options: Options, sensitivities: Sensitivities | None, progress: Progress = silent) -> Sensitivities:
-    """What an allocation needs to know: sensitivities, as given or estimated, and the size of embeddings, which are packed for that."""
+def prepare(
+    program: Program, options: Options, sensitivities: Sensitivities | None, known: Known, progress: Progress = silent
+) -> tuple[Sensitivities, Samples | None]:
+    """What an allocation needs to know, from a program at GROUPED.
+
+    Sensitivities, as given or estimated; the share of the error that feedback will leave, as annotations; and the size of embeddings, which
+    are packed for that. Returns the samples of the calibration as well. known: where feedback is left for the rounding.
+    """
+    samples, remarks = collect(options.calibration, program, options.seed, progress)
+    program.remarks += remarks
+    program.calibration = None if samples is None else samples.description
     if sensitivities is None:
-        sensitivities, remarks = estimated(program, options.seed, progress)
+        sensitivities, remarks = estimated(program, options.sensitivity, options.seed, samples, progress)
         program.remarks += remarks
+    if samples is not None:
+        if options.weigh_positions:
+            samples, remarks = weighed(program, samples, options.seed, progress)
+            program.remarks += remarks
+        Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
-    return sensitivities
+    return sensitivities, samples
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:
@@ -251,7 +274,7 @@ def make_report(program: Program, options: Options) -> Report:
                 weight_bytes=stored,
                 distortion=note.distortion,
                 sensitivity=note.sensitivity,
-                remaining=note.remaining,
+                remaining=note.share if note.remaining is None else note.remaining,
                 group=note.group.members,
                 reason=None if note.quantizer is not None else "the allocation left it as it is",
                 budgeted=True,
@@ -296,7 +319,7 @@ def make_report(program: Program, options: Options) -> Report:
 def _felt(note: Annotation) -> float:
     """The relative squared error of a white error that would do as much harm as that of a quantized weight."""
     if note.remaining is None:
-        return note.distortion or 0.0
+        return (note.distortion or 0.0) * (1.0 if note.share is None else note.share)
     assert note.quantizer is not None
     return note.quantizer.distortion * note.remaining
 

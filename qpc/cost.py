@@ -33,7 +33,7 @@ class Cost:
 class Weight:
     """A weight to store.
 
-    sensitivity: loss per unit of its relative squared error. kept_bytes: its size as it is, or None if it may not stay so.
+    sensitivity: loss per unit of the distortion of its quantizer. kept_bytes: its size as it is, or None if it may not stay so.
     """
 
     shape: LinearShape

@@ -16,6 +16,7 @@ from qpc.errors import BudgetError, QuantizerError
 from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
 from qpc.passes.allocate import other_bytes
+from qpc.passes.feedbacks import Known
 from qpc.passes.pipeline import Pipeline
 from qpc.progress import Progress, silent, track
 from qpc.quant.palette import Effort, Palette, default_palette
@@ -109,7 +110,7 @@ def plan(
     options = Options(wanted[0], Effort.parse(effort), exclusions, seed, same_quantizer_in_group, rotation_block, rate, None)
     program = captured(model, options, example_inputs)
     group(program, options)
-    given = prepare(program, options, sensitivities, progress)
+    given, _ = prepare(program, options, sensitivities, Known(), progress)
     weights = options.allocate(wanted[0], given).weights(program)
     subject = _Subject(tuple(weights.values()), other_bytes(program, weights))
     report = None

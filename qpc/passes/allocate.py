@@ -33,7 +33,8 @@ class Allocate(Pass):
     """Gives every site the quantizer that keeps the predicted loss of the whole model smallest within the budget.
 
     A budget with a limit on the predicted KL asks for the smallest model that keeps all its limits instead.
-    The loss of a choice is the sensitivity of the weight times the distortion of the quantizer. A weight that several sites share is
+    The loss of a choice is the sensitivity of the weight times the distortion of the quantizer, times the share of it that error feedback
+    is expected to leave, where the linear is annotated with one. A weight that several sites share is
     stored once and gets one quantizer. Members of a legal group that get the same quantizer become one fused group. The `Allocation`
     is left in `program.allocation`.
 
@@ -71,7 +72,7 @@ class Allocate(Pass):
             known = annotation(place.node).but(
                 group=fused[place.group][place.site.name],
                 quantizer=quantizer,
-                sensitivity=None if self.sensitivities is None else weight.sensitivity,
+                sensitivity=None if self.sensitivities is None else self.sensitivities.values[place.site.name],
                 distortion=cost.distortion,
                 weight_bytes=cost.weight_bytes,
             )
@@ -84,7 +85,7 @@ class Allocate(Pass):
         places = _places(program)
         if not places:
             raise ModelError("the model has no linear that may be quantized; check the exclusions")
-        return {place.site.weight: self._weight(program, place.site) for place in places}
+        return {place.site.weight: self._weight(program, place) for place in places}
 
     def solve(self, program: Program) -> Allocation:
         """The allocation alone; the program stays as it is."""
@@ -104,13 +105,14 @@ class Allocate(Pass):
             size, kl = error.nearest.get(Resource.BYTES), error.nearest.get(Resource.LOSS)
             raise self.budget.refusal(count, other, least_bytes=None if size is None else int(size), least_kl=kl) from error
 
-    def _weight(self, program: Program, site: LinearSite) -> Weight:
+    def _weight(self, program: Program, place: "_Place") -> Weight:
+        site, share = place.site, annotation(place.node).share
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
         if self.sensitivities is None:
-            return Weight(site.shape, kept_bytes=kept_bytes)
+            return Weight(site.shape, 1.0 if share is None else share, kept_bytes)
         if site.name not in self.sensitivities.values:
             raise ModelError(f"the sensitivities have no value for {site.name}; estimate them for this model")
-        return Weight(site.shape, self.sensitivities.values[site.name], kept_bytes)
+        return Weight(site.shape, self.sensitivities.values[site.name] * (1.0 if share is None else share), kept_bytes)
 
     def _items(self, program: Program) -> list[Item]:
         places, weights = _places(program), self.weights(program)
