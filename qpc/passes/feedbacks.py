@@ -50,6 +50,10 @@ class Known:
         """The feedback, which is then forgotten."""
         return self._kept.pop(key, None)
 
+    def fork(self) -> "Known":
+        """The same feedback, to be taken once more."""
+        return Known(dict(self._kept), dict(self._dampings))
+
     def damping(self, key: tuple[str, str]) -> float | None:
         """That of feedback that could not be kept."""
         return self._dampings.get(key)
