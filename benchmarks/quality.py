@@ -44,8 +44,8 @@ from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.sensitivity import Sensitivities
+from qpc.sensitivity_cache import estimated, weighed
 from qpc.sensitivity_cache import parse as parse_sensitivity
-from qpc.sensitivity_cache import weighed
 from qpc.solver import Allocation
 
 
@@ -111,9 +111,9 @@ def line(row: dict[str, Any]) -> str:
     if row["sensitivity"] is not None:
         what += f" {row['sensitivity']:>8}, shares {row['shares']}"
     own = "" if row["kl_own_text"] is None else f" on its own text {row['kl_own_text']:.4f}"
-    predicted = (
-        "" if row["kl_predicted"] is None else f" predicted {row['kl_predicted']:.4f} ({row['kl_predicted_rounded']:.4f} when rounded)"
-    )
+    predicted = ""
+    if row["kl_predicted"] is not None:
+        predicted = f" predicted {row['kl_predicted']:.4f} ({row['kl_predicted_rounded']:.4f} when rounded)"
     return f"{what}: KL {row['kl']:.4f}{own}{predicted}  ppl {row['perplexity']:.2f}  compiled in {row['compile_s']} s"
 
 
@@ -164,21 +164,20 @@ def _compiled(
 
     effort, jobs = Effort.parse(options.effort), list(_jobs(options))
     if not options.single:
-        for _, alike in groupby(jobs, lambda job: (job.seed, job.calibration, job.positions, job.sensitivity)):
-            some = list(alike)
-            assert some[0].sensitivity is not None
-            source = Options(
-                qpc.Budget.of(some[0].bits),
-                effort,
-                seed=some[0].seed,
-                calibration=data(some[0]),
-                weigh_positions=some[0].positions == "weighed",
-                sensitivity=parse_sensitivity(some[0].sensitivity, tokenizer=tokenizer),
-            )
-            prepared = Prepared.of(original, source)
-            for job in some:
+        for _, alike in groupby(jobs, lambda job: (job.seed, job.calibration, job.positions)):
+            prepared: Prepared | None = None
+            for job in alike:
+                source = Options(
+                    qpc.Budget.of(job.bits),
+                    effort,
+                    seed=job.seed,
+                    calibration=data(job),
+                    weigh_positions=job.positions == "weighed",
+                    sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
+                )
+                prepared = Prepared.of(original, source) if prepared is None else prepared.but(source)
                 start_s = time.monotonic()
-                made, predicted = prepared.compiled(qpc.Budget.of(job.bits), job.shares == "expected")
+                made, predicted = prepared.compiled(job.shares == "expected")
                 yield job, made, round(time.monotonic() - start_s, 1), predicted
         return
     torch.linalg.cholesky(torch.eye(2, device=next(original.parameters()).device))  # its first call may not be made by two threads
@@ -211,23 +210,33 @@ class Prepared:
         for remark in program.remarks:
             if remark.pass_name in ("sensitivities", "calibration"):
                 print(remark, flush=True)
-        check = "" if sensitivities.linearity is None else f", {sensitivities.linearity}"
-        print(f"prepared in {time.monotonic() - start_s:.1f} s{check}", flush=True)
+        print(f"prepared in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
         return Prepared(model, program, options, sensitivities, samples, known)
 
-    def compiled(self, budget: qpc.Budget, shares: bool) -> tuple[nn.Module, float]:
+    def but(self, options: Options) -> "Prepared":
+        """With another budget, or another method for the sensitivities."""
+        if options.sensitivity == self.options.sensitivity:
+            return replace(self, options=options)
+        start_s = time.monotonic()
+        sensitivities, remarks = estimated(self.program, options.sensitivity, options.seed, self.samples)
+        for remark in remarks:
+            print(remark, flush=True)
+        print(f"estimated in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
+        return replace(self, options=options, sensitivities=sensitivities)
+
+    def compiled(self, shares: bool) -> tuple[nn.Module, float]:
         """The compiled copy, and the KL predicted before rounding. shares: let the allocation know what feedback will leave."""
         program = _fresh(self.program)
         if not shares:
             for node in program.linears():
                 annotate(node, annotation(node).but(share=None))
         quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork())
-        Pipeline((self.options.allocate(budget, self.sensitivities),)).run(program)
+        Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
         assert isinstance(program.allocation, Allocation)
         predicted = program.allocation.cost.distortion
         Pipeline((quantize, Lower())).run(program)
         result = install(self.model, program)
-        result.qpc_report = make_report(program, replace(self.options, budget=budget))  # type: ignore[assignment]
+        result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
         return result, predicted
 
 
