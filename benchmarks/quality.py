@@ -65,7 +65,12 @@ def main(arguments: list[str]) -> None:
         report = qpc.report_of(compiled)
         row: dict[str, Any] = {"model": options.model.name, "method": "single rate" if options.single else "mixed"}
         row |= {"effort": options.effort, "calibration": Path(job.calibration).name, "positions": job.positions, "shares": job.shares}
-        row |= {"sensitivity": job.sensitivity, "seed": job.seed, "budget": job.bits, "bits": report.bits_per_weight}
+        row |= {
+            "sensitivity": job.sensitivity and Path(job.sensitivity).name,
+            "seed": job.seed,
+            "budget": job.bits,
+            "bits": report.bits_per_weight,
+        }
         row |= {"compile_s": compile_s, "weight_bytes": report.linear_bytes, "model_bytes": report.model_bytes}
         found = evaluate(compiled, original, tokens, options.window)
         row |= {"kl": found.kl, "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
@@ -205,13 +210,14 @@ class Prepared:
     @staticmethod
     def of(model: nn.Module, options: Options) -> "Prepared":
         """As `qpc.compile` does it, but that the graph is captured once."""
-        program, known, start_s = _fresh(_grouped(model)), Known(), time.monotonic()
-        sensitivities, samples = prepare(program, options, None, known)
+        program, start_s = _fresh(_grouped(model)), time.monotonic()
+        found = prepare(program, options, None)
+        sensitivities = found.sensitivities
         for remark in program.remarks:
             if remark.pass_name in ("sensitivities", "calibration"):
                 print(remark, flush=True)
         print(f"prepared in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
-        return Prepared(model, program, options, sensitivities, samples, known)
+        return Prepared(model, program, options, sensitivities, found.samples, found.known)
 
     def but(self, options: Options) -> "Prepared":
         """With another budget, or another method for the sensitivities."""

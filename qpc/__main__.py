@@ -19,6 +19,9 @@ from torch import Tensor, nn
 import qpc
 from qpc.arguments import (
     AsJson,
+    CalibrationSource,
+    CalibrationStart,
+    CalibrationTokens,
     Compiled,
     Device,
     EffortName,
@@ -29,6 +32,7 @@ from qpc.arguments import (
     RotationBlock,
     Seed,
     SensitivityFile,
+    SensitivityMethod,
     Total,
     parse_budget,
     parse_budgets,
@@ -76,13 +80,10 @@ def compile_model(
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,
     embeddings: EmbeddingBits = None,
-    calibration: Annotated[
-        str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
-    ] = "self",
-    tokens: Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)] = None,
-    start: Annotated[
-        str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
-    ] = None,
+    calibration: CalibrationSource = "self",
+    tokens: CalibrationTokens = None,
+    start: CalibrationStart = None,
+    sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
@@ -92,6 +93,7 @@ def compile_model(
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
     from qpc.checkpoint import check_target
+    from qpc.sensitivity_cache import parse as parse_sensitivity
 
     budget = parse_budget(bits, total, kl)
     check_target(output, overwrite)
@@ -99,6 +101,7 @@ def compile_model(
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     original, tokenizer = load_original(model, effort)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
+    method = parse_sensitivity(sensitivity, tokenizer=tokenizer)
     with ProgressBars() as progress, silent_stdout():
         compiled = qpc.compile(
             original.to(pick_device(device)),
@@ -109,6 +112,7 @@ def compile_model(
             rotation_block=rotation_block,
             embeddings=embeddings,
             calibration=data,
+            sensitivity=method,
             sensitivities=given,
             progress=progress,
         )
@@ -137,6 +141,10 @@ def plan_model(
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,
     embeddings: EmbeddingBits = None,
+    calibration: CalibrationSource = "self",
+    tokens: CalibrationTokens = None,
+    start: CalibrationStart = None,
+    sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
     seed: Seed = 0,
     device: Device = None,
@@ -146,14 +154,18 @@ def plan_model(
 
     What each layer feels is estimated once for a model and kept (QPC_CACHE); the same budget compiles to the same allocation.
     """
+    from qpc.calibration import parse as parse_calibration
     from qpc.integrations.matplotlib import check_picture, draw_plan
+    from qpc.sensitivity_cache import parse as parse_sensitivity
 
     budgets = parse_budgets(bits, total, kl, step)
     if plot is not None and len(budgets) == 1:
         raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5")
     if plot is not None:
         check_picture(plot)
-    original, _ = load_original(model, effort)
+    original, tokenizer = load_original(model, effort)
+    data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
+    method = parse_sensitivity(sensitivity, tokenizer=tokenizer)
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     with ProgressBars() as progress, silent_stdout():
         plan = qpc.plan(
@@ -164,6 +176,8 @@ def plan_model(
             seed=seed,
             rotation_block=rotation_block,
             embeddings=embeddings,
+            calibration=data,
+            sensitivity=method,
             sensitivities=given,
             progress=progress,
         )

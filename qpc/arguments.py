@@ -29,6 +29,21 @@ SensitivityFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="How much each linear matters, as JSON.", show_default="estimated, and kept in QPC_CACHE"),
 ]
+SensitivityMethod = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        metavar="gradient|self|random|FILE",
+        help="How to estimate how much linears matter: by gradients, or by noise on the model's own text, random tokens or a file.",
+    ),
+]
+CalibrationSource = Annotated[
+    str, typer.Option("--calibration", metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
+]
+CalibrationTokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)]
+CalibrationStart = Annotated[
+    str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]
 

@@ -30,6 +30,7 @@ from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
+from qpc.passes.shares import Shares
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
@@ -159,11 +160,10 @@ def captured(model: nn.Module, options: Options, example_inputs: tuple[Tensor, .
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
     group(program, options)
-    known = Known()
-    sensitivities, samples = prepare(program, options, sensitivities, known, progress)
+    prepared = prepare(program, options, sensitivities, progress)
     rest: tuple[Pass, ...] = (
-        options.allocate(options.budget, sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, samples, known=known),
+        options.allocate(options.budget, prepared.sensitivities),
+        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known),
     )
     Pipeline(rest).run(program)
     return program
@@ -181,13 +181,22 @@ def group(program: Program, options: Options) -> None:
     check_finite(program)
 
 
-def prepare(
-    program: Program, options: Options, sensitivities: Sensitivities | None, known: Known, progress: Progress = silent
-) -> tuple[Sensitivities, Samples | None]:
-    """What an allocation needs to know, from a program at GROUPED.
+@dataclass(frozen=True)
+class Prepared:
+    """What allocation and rounding need to know: sensitivities, inputs of the calibration, and what feedback is expected to do."""
 
-    Sensitivities, as given or estimated; the share of the error that feedback will leave, as annotations; and the size of embeddings, which
-    are packed for that. Returns the samples of the calibration as well. known: where feedback is left for the rounding.
+    sensitivities: Sensitivities
+    samples: Samples | None
+    known: Known
+
+
+def prepare(
+    program: Program, options: Options, sensitivities: Sensitivities | None, progress: Progress = silent, *, rounds: bool = True
+) -> Prepared:
+    """Find that out for a program at GROUPED; its linears are annotated with the share of the error that feedback will leave.
+
+    Embeddings, if they are to be quantized, are packed, for their size counts. sensitivities: as given; None estimates them.
+    rounds: whether weights will be rounded; otherwise what is known from before is not made again.
     """
     samples, remarks = collect(options.calibration, program, options.seed, progress)
     program.remarks += remarks
@@ -195,15 +204,20 @@ def prepare(
     if sensitivities is None:
         sensitivities, remarks = estimated(program, options.sensitivity, options.seed, samples, progress)
         program.remarks += remarks
+    known = Known()
     if samples is not None:
-        if options.weigh_positions:
+        settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
+        file = Shares.of(program, samples, settings)
+        known = file.read()
+        if options.weigh_positions and (rounds or not known.expected):
             samples, remarks = weighed(program, samples, options.seed, progress)
             program.remarks += remarks
         Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
+        file.write(known)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
-    return sensitivities, samples
+    return Prepared(sensitivities, samples, known)
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:

@@ -48,8 +48,10 @@ def point_summary(plan: Plan, point: Point) -> RenderableType:
 
 
 def note(plan: Plan) -> str:
-    """What the predictions leave out."""
-    return f"predicted {loss_title(plan.loss)} counts no error feedback, which a compile has by default and which lowers it"
+    """What the predictions rest on."""
+    feedback = f"with error feedback ({plan.calibration})" if plan.calibration is not None else "without error feedback"
+    text = f"{loss_title(plan.loss)} predicted {feedback}; sensitivities: {plan.sensitivity}"
+    return text if plan.linearity is None else f"{text}; {plan.linearity}"
 
 
 def loss_title(loss: Loss) -> str:

@@ -10,19 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import Budget
+from qpc.calibration import parse as parse_calibration
 from qpc.compiler import Options, captured, group, make_report, model_bytes, parse_rate, prepare
 from qpc.cost import Cost, Weight
 from qpc.errors import BudgetError, QuantizerError
 from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
 from qpc.passes.allocate import other_bytes
-from qpc.passes.feedbacks import Known
 from qpc.passes.pipeline import Pipeline
 from qpc.progress import Progress, silent, track
 from qpc.quant.palette import Effort, Palette, default_palette
 from qpc.quant.quantizer import Quantizer
 from qpc.report import Report
-from qpc.sensitivity import Loss, Sensitivities
+from qpc.sensitivity import Linearity, Loss, Method, Sensitivities
+from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.solver import Allocation, decibels, water_filling
 
 
@@ -42,8 +43,8 @@ class Point:
 
     bits_per_weight: stored bits, over all linears that may be quantized. weight_bytes: of these linears. model_bytes: of all tensors of the
         checkpoint.
-    predicted_loss: of `Plan.loss`, without error feedback. bound: what ideal Gaussian quantizers would leave at as many bits
-        (`qpc.solver.water_filling`); decibels: how far above it the prediction lies, None if it is 0.
+    predicted_loss: of `Plan.loss`, with the error feedback of `Plan.calibration`. bound: what ideal Gaussian quantizers would leave at as
+        many bits (`qpc.solver.water_filling`); decibels: how far above it the prediction lies, None if it is 0.
     solver_gap: relative distance to the proven optimum. uses: by rising rate, what stays as it is last.
     """
 
@@ -64,7 +65,8 @@ class Plan:
 
     singles: the model with one quantizer of the palette for all linears, by rising rate. weights: of the linears that may be quantized.
     model_bytes_before, other_bytes: of all tensors as given, and of those that no budget changes. loss: what is predicted.
-    report: layer by layer, if there is one budget.
+    calibration: the inputs behind error feedback, in words, or None. sensitivity: how what each linear matters was estimated. linearity:
+    whether the loss was found to grow as predictions assume; None: it was not checked. report: layer by layer, if there is one budget.
     """
 
     points: tuple[Point, ...]
@@ -75,6 +77,9 @@ class Plan:
     loss: Loss
     effort: str
     seed: int
+    calibration: str | None
+    sensitivity: Method
+    linearity: Linearity | None
     report: Report | None
 
     def to_json(self) -> dict[str, Any]:
@@ -92,14 +97,17 @@ def plan(
     same_quantizer_in_group: bool = False,
     rotation_block: int | None = None,
     embeddings: Fraction | float | str | None = None,
+    calibration: object = "self",
+    tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
+    sensitivity: object = Method.GRADIENT,
     sensitivities: Sensitivities | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Predict size and loss of a model at each budget; the model is left as it is.
 
     Arguments are those of `qpc.compile`, which allocates the same with the same ones. Embeddings, if asked for, are packed to know their
-    size; the linears are not.
+    size; the linears are not. What the predictions rest on is measured once and kept (QPC_CACHE).
 
     Raises `QpcError` if the model or an option cannot be used, or a budget cannot be kept; the message names the nearest feasible ones.
     """
@@ -107,10 +115,20 @@ def plan(
     if not wanted:
         raise BudgetError("a plan needs one budget or more")
     rate, exclusions = parse_rate(embeddings), tuple(exclude)
-    options = Options(wanted[0], Effort.parse(effort), exclusions, seed, same_quantizer_in_group, rotation_block, rate, None)
+    options = Options(
+        wanted[0],
+        Effort.parse(effort),
+        exclusions,
+        seed,
+        same_quantizer_in_group,
+        rotation_block,
+        rate,
+        parse_calibration(calibration, tokenizer=tokenizer),
+        sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
+    )
     program = captured(model, options, example_inputs)
     group(program, options)
-    given, _ = prepare(program, options, sensitivities, Known(), progress)
+    given = prepare(program, options, sensitivities, progress, rounds=False).sensitivities
     weights = options.allocate(wanted[0], given).weights(program)
     subject = _Subject(tuple(weights.values()), other_bytes(program, weights))
     report = None
@@ -133,6 +151,9 @@ def plan(
         loss=given.loss,
         effort=str(options.effort),
         seed=seed,
+        calibration=program.calibration,
+        sensitivity=given.method,
+        linearity=given.linearity,
         report=report,
     )
 

@@ -19,7 +19,7 @@ from qpc import cache
 from qpc.calibration import Given, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.errors import ModelError, SettingsError
-from qpc.ir.annotation import annotation, fake_value
+from qpc.ir.annotation import fake_value, site_of
 from qpc.ir.program import Program, Remark
 from qpc.ir.random_inputs import random_inputs
 from qpc.progress import Progress, silent
@@ -121,10 +121,9 @@ def _estimated(
 ) -> Sensitivities:
     """From the cache, or estimated and kept."""
     directory = Settings.from_environment().cache
-    sites = sorted({site.name for node in program.linears() if (site := annotation(node).site) is not None})
-    name = ""
+    sites, name = _sites(program), ""
     if directory is not None:
-        inputs = _inputs(program) if method is Method.RANDOM or samples is None else _digest([*samples.batches, *samples.held_out])
+        inputs = _inputs(program) if method is Method.RANDOM or samples is None else digest([*samples.batches, *samples.held_out])
         settings = {"seed": seed, "sites": sites, "inputs": inputs, "method": method}
         name = f"sensitivities-{cache.key(program.module, FORMAT, settings)}"
         kept = _parsed(cache.read(directory, f"{name}.json"))
@@ -176,8 +175,7 @@ def _gradients(program: Program, samples: Samples, seed: int, progress: Progress
     batches = [*samples.batches, *samples.held_out]
     if directory is None:
         return by_gradient(program, batches, seed=seed, progress=progress)
-    sites = sorted({site.name for node in program.linears() if (site := annotation(node).site) is not None})
-    settings = {"seed": seed, "sites": sites, "inputs": _digest(batches), "what": "gradients"}
+    settings = {"seed": seed, "sites": _sites(program), "inputs": digest(batches), "what": "gradients"}
     key = cache.key(program.module, FORMAT, settings)
 
     def recall(number: int, make: Callable[[], Backward]) -> Backward:
@@ -212,7 +210,11 @@ def _unpacked(content: bytes | None) -> Backward | None:
     return Backward(energy, importance, positions, kind)
 
 
-def _digest(batches: Sequence[Tensor]) -> str:
+def _sites(program: Program) -> list[str]:
+    return sorted({site_of(node).name for node in program.linears()})
+
+
+def digest(batches: Sequence[Tensor]) -> str:
     """Of the values of some inputs."""
     digest = hashlib.sha256()
     for batch in batches:

@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import nn
 
 import qpc
 from qpc.budget import Budget
+from qpc.calibration import SelfSampled
 from qpc.errors import BudgetError, ModelError, QpcError, UsageError
 from qpc.integrations.matplotlib import check_picture, draw_plan
-from qpc.plan_report import mixture
+from qpc.plan_report import mixture, note
 from qpc.planner import Plan, Use
 from qpc.report import Report
-from qpc.sensitivity import Loss, Sensitivities
+from qpc.sensitivity import Loss, Method, Sensitivities
 from tests.families import FAMILIES
 
 RATES = [Fraction(quarter, 4) for quarter in range(8, 20, 2)]
@@ -37,7 +39,7 @@ def felt(model: nn.Module) -> Sensitivities:
 
 @pytest.fixture(scope="module")
 def curve(model: nn.Module, felt: Sensitivities) -> Plan:
-    return qpc.plan(model, RATES, effort="fast", sensitivities=felt)
+    return qpc.plan(model, RATES, effort="fast", calibration=None, sensitivities=felt)
 
 
 def test_the_curve_falls_and_every_point_keeps_its_budget(curve: Plan) -> None:
@@ -58,15 +60,15 @@ def test_no_point_beats_the_bound_and_no_single_quantizer_beats_a_point(curve: P
         assert point.decibels is not None and point.decibels > 0
     some = [single for single in curve.singles if 2 < single.bits_per_weight < 5]
     assert len(some) > 4
-    same_size = qpc.plan(model, [f"{single.model_bytes}B" for single in some], effort="fast", sensitivities=felt)
+    same_size = qpc.plan(model, [f"{single.model_bytes}B" for single in some], effort="fast", calibration=None, sensitivities=felt)
     for single, point in zip(some, same_size.points, strict=True):
         assert point.predicted_loss <= single.predicted_loss * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("budget", ["3.25", "2.5nats", "120kB", "4bit, 1.5nats"])
 def test_a_compile_allocates_what_was_planned(model: nn.Module, felt: Sensitivities, budget: str) -> None:
-    planned = qpc.plan(model, [budget], effort="fast", sensitivities=felt)
-    made = qpc.report_of(qpc.compile(model, budget, effort="fast", sensitivities=felt, calibration=None))
+    planned = qpc.plan(model, [budget], effort="fast", calibration=None, sensitivities=felt)
+    made = qpc.report_of(qpc.compile(model, budget, effort="fast", calibration=None, sensitivities=felt))
     assert planned.report is not None
     (point,) = planned.points
 
@@ -81,16 +83,34 @@ def test_a_compile_allocates_what_was_planned(model: nn.Module, felt: Sensitivit
     assert planned.report.calibration is None and planned.report.solver_gap == made.solver_gap
 
 
+def test_a_plan_knows_what_feedback_will_leave(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPC_CACHE", str(tmp_path))
+    options: dict[str, Any] = {"effort": "fast", "calibration": SelfSampled(tokens=2048, length=32)}
+    steps: list[str] = []
+    plan = qpc.plan(model, [3], **options, progress=lambda task, done, total: steps.append(task))
+    assert {"gradients", "calibrate", "linearity"} <= set(steps)
+    steps.clear()
+    assert plan == qpc.plan(model, [3], **options, progress=lambda task, done, total: steps.append(task))
+    assert not steps, "the second plan measures nothing"
+    made = qpc.report_of(qpc.compile(model, 3, **options))
+    assert plan.report is not None and plan.linearity is not None and plan.sensitivity is Method.GRADIENT
+    assert [(row.name, row.quantizer) for row in plan.report.rows] == [(row.name, row.quantizer) for row in made.rows]
+    without = qpc.plan(model, [3], effort="fast", calibration=None)
+    assert plan.points[0].predicted_loss < without.points[0].predicted_loss
+    assert made.predicted_loss == pytest.approx(plan.points[0].predicted_loss, rel=0.3)
+    assert "self-sampled" in note(plan) and "without" in note(without)
+
+
 def test_embeddings_count_with_their_packed_size(model: nn.Module, felt: Sensitivities) -> None:
-    plain, packed = (qpc.plan(model, [3], effort="fast", sensitivities=felt, embeddings=bits) for bits in (None, 4))
-    made = qpc.report_of(qpc.compile(model, 3, effort="fast", sensitivities=felt, embeddings=4, calibration=None))
+    plain, packed = (qpc.plan(model, [3], effort="fast", calibration=None, sensitivities=felt, embeddings=bits) for bits in (None, 4))
+    made = qpc.report_of(qpc.compile(model, 3, effort="fast", calibration=None, sensitivities=felt, embeddings=4))
     assert packed.points[0].model_bytes == made.model_bytes < plain.points[0].model_bytes
     assert packed.points[0].weight_bytes == plain.points[0].weight_bytes
 
 
 def test_a_smaller_loss_takes_a_larger_model(model: nn.Module, felt: Sensitivities) -> None:
     limits = [Fraction(1, 1), Fraction(1, 3), Fraction(1, 10)]
-    points = qpc.plan(model, [Budget(kl_nats=limit) for limit in limits], effort="fast", sensitivities=felt).points
+    points = qpc.plan(model, [Budget(kl_nats=limit) for limit in limits], effort="fast", calibration=None, sensitivities=felt).points
     for limit, point in zip(limits, points, strict=True):
         assert 0.8 * limit < point.predicted_loss <= limit
     assert points[0].model_bytes < points[1].model_bytes < points[2].model_bytes
@@ -99,7 +119,7 @@ def test_a_smaller_loss_takes_a_larger_model(model: nn.Module, felt: Sensitiviti
 def test_the_model_is_left_as_it_is(felt: Sensitivities) -> None:
     model = FAMILIES["llama"]().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    qpc.plan(model, [3], effort="fast", sensitivities=felt, embeddings=4)
+    qpc.plan(model, [3], effort="fast", calibration=None, sensitivities=felt, embeddings=4)
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -113,7 +133,7 @@ def test_what_cannot_be_planned(model: nn.Module, felt: Sensitivities) -> None:
         ([3], {"sensitivities": Sensitivities({}, Loss.KL, 0.02, 0, 1)}, ModelError, "no value for"),
     ):
         with pytest.raises(error, match=words):
-            qpc.plan(model, budgets, **{"effort": "fast", "sensitivities": felt} | options)  # type: ignore[arg-type]
+            qpc.plan(model, budgets, **{"effort": "fast", "calibration": None, "sensitivities": felt} | options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

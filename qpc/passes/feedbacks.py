@@ -1,5 +1,6 @@
 """The rotation and the error feedback of each weight, input by input: what its expected loss and its rounding both start from."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -21,42 +22,57 @@ KEPT_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Job:
-    """A weight to pack: the nodes that apply it, the rotation of their input, and the feedback for it.
+    """A weight to pack: the nodes that apply it, the rotation of their input, and the feedback for it."""
 
-    key: the name of the weight, and that of the site whose signs it has.
-    """
-
-    key: tuple[str, str]
+    key: "Key"
     sites: tuple[fx.Node, ...]
     rotation: Rotation
     feedback: Feedback | None
 
 
+Key = tuple[str, str]
+"""The name of a weight, and that of the site whose signs it has."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of feedback without its matrices: the share of the error that it will leave, and its damping."""
+
+    share: float
+    damping: float
+
+
 @dataclass
 class Known:
-    """Feedback that was made before, by weight and owner of the signs; dampings are remembered for all of it."""
+    """What was found of feedback before: of all of it what is expected, and as much of it as memory allows."""
 
-    _kept: dict[tuple[str, str], Feedback] = field(default_factory=dict)
-    _dampings: dict[tuple[str, str], float] = field(default_factory=dict)
+    expected: dict[Key, Expected] = field(default_factory=dict)
+    _kept: dict[Key, Feedback] = field(default_factory=dict)
 
-    def keep(self, key: tuple[str, str], feedback: Feedback) -> None:
-        """Remember feedback, as far as memory allows."""
-        self._dampings[key] = feedback.damping
+    def keep(self, key: Key, feedback: Feedback) -> None:
+        """Remember feedback."""
+        self.expected[key] = Expected(feedback.expected_share, feedback.damping)
         distinct = {id(each): each.nbytes for each in (*self._kept.values(), feedback)}
         if sum(distinct.values()) <= KEPT_BYTES:
             self._kept[key] = feedback
 
-    def take(self, key: tuple[str, str]) -> Feedback | None:
-        """The feedback, which is then forgotten."""
+    def take(self, key: Key) -> Feedback | None:
+        """The feedback, if it was kept; it is then forgotten."""
         return self._kept.pop(key, None)
 
     def fork(self) -> "Known":
-        """The same feedback, to be taken once more."""
-        return Known(dict(self._kept), dict(self._dampings))
+        """The same, to be taken once more."""
+        return Known(dict(self.expected), dict(self._kept))
 
-    def damping(self, key: tuple[str, str]) -> float | None:
-        """That of feedback that could not be kept."""
-        return self._dampings.get(key)
+    def to_json(self) -> str:
+        """What is expected."""
+        return json.dumps([[*key, found.share, found.damping] for key, found in self.expected.items()])
+
+    @staticmethod
+    def from_json(text: str) -> "Known":
+        """Inverse of `to_json`. Raises `ValueError` or `TypeError` if the text is not that."""
+        rows = json.loads(text)
+        return Known({(str(weight), str(owner)): Expected(float(share), float(damping)) for weight, owner, share, damping in rows})
 
 
 @dataclass(frozen=True)
@@ -112,8 +128,10 @@ class Feedbacks:
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
-    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation, key: tuple[str, str]) -> Feedback:
-        return self.known.take(key) or Feedback.of(stream.moment(sharing).rotated(rotation), self.known.damping(key))
+    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation, key: Key) -> Feedback:
+        expected = self.known.expected.get(key)
+        damping = None if expected is None else expected.damping
+        return self.known.take(key) or Feedback.of(stream.moment(sharing).rotated(rotation), damping)
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:
