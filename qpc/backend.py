@@ -27,6 +27,8 @@ from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
 from qpc.quant.palette import Effort
+from qpc.sensitivity import Method
+from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.settings import Settings
 
 LEGAL = (
@@ -38,6 +40,7 @@ LEGAL = (
     "rotation_block",
     "embeddings",
     "calibration",
+    "sensitivity",
     "tokenizer",
     "inner",
 )
@@ -73,6 +76,7 @@ class BackendOptions:
             rotation_block=None if given.get("rotation_block") is None else int(given["rotation_block"]),
             embeddings=parse_rate(given.get("embeddings")),
             calibration=parse_calibration(given.get("calibration", "self"), tokenizer=given.get("tokenizer")),
+            sensitivity=parse_sensitivity(given.get("sensitivity", Method.GRADIENT), tokenizer=given.get("tokenizer")),
         )
         inner = str(given.get("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
@@ -87,7 +91,7 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `tokenizer` as in `qpc.compile`, and `inner`.
+        `sensitivity`, `tokenizer` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

@@ -104,27 +104,27 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backw
     if not groups:
         raise ModelError("the model has no linear that may be quantized")
     device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
     energy: dict[str, Tensor] = {}
     importance: dict[str, Tensor] = {}
     leaves: dict[fx.Node, Tensor] = {}
     lengths: dict[fx.Node, Tensor] = {}
-    for nodes in groups:
-        leaf = stored_matrix(program, site_of(nodes[0])).requires_grad_()
-        square = torch.linalg.vector_norm(leaf.detach(), dim=1, dtype=torch.float32).square()
-        leaf.register_post_accumulate_grad_hook(partial(_take_energy, energy, site_of(nodes[0]).weight, square))  # type: ignore[no-untyped-call]
-        leaves |= dict.fromkeys(nodes, leaf)
-        lengths |= dict.fromkeys(nodes, square)
 
     def watch(node: fx.Node, value: Tensor) -> None:
         def take(gradient: Tensor) -> None:
             importance[node.name] = (gradient.detach().float().square() @ lengths[node]).flatten()
 
-        if value.requires_grad:
-            value.register_hook(take)  # type: ignore[no-untyped-call]
+        importance[node.name] = torch.zeros(value.numel() // value.shape[-1], device=device)
+        value.register_hook(take)  # type: ignore[no-untyped-call]
 
-    generator = torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for nodes in groups:
+                leaf = stored_matrix(program, site_of(nodes[0])).requires_grad_()
+                square = torch.linalg.vector_norm(leaf.detach(), dim=1, dtype=torch.float32).square()
+                leaf.register_post_accumulate_grad_hook(partial(_take_energy, energy, site_of(nodes[0]).weight, square))  # type: ignore[no-untyped-call]
+                leaves |= dict.fromkeys(nodes, leaf)
+                lengths |= dict.fromkeys(nodes, square)
             outputs = Walk(program, (tokens.to(device),)).finish(leaves, watch)
             reference = reference_of(program, outputs)
             output = main_output(outputs)
@@ -132,9 +132,9 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backw
     except RuntimeError as error:
         raise ModelError(f"{type(program.module).__name__} cannot be differentiated: {str(error).splitlines()[0]}") from error
     found = {weight: float(value) for weight, value in energy.items()}
-    silent_weights = [site_of(nodes[0]) for nodes in groups if not math.isfinite(found.get(site_of(nodes[0]).weight, math.nan))]
-    if silent_weights:
-        raise ModelError(f"{silent_weights[0].name}: the output has no finite gradient with respect to its weight")
+    for nodes in groups:
+        if not math.isfinite(found.get(site_of(nodes[0]).weight, math.nan)):
+            raise ModelError(f"{site_of(nodes[0]).name}: the output has no finite gradient with respect to its weight")
     return Backward(found, {name: value.cpu() for name, value in importance.items()}, reference.positions, reference.kind)
 
 

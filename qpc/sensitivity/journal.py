@@ -38,9 +38,10 @@ class Journal:
 
     def __setitem__(self, step: Step, value: float) -> None:
         name = json.dumps(step)
-        self._known[name] = value
-        if self.path is None:
+        if self.path is None or self._known.get(name) == value:
+            self._known[name] = value
             return
+        self._known[name] = value
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
