@@ -145,7 +145,7 @@ def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path,
 
 def test_plan_draws_a_falling_curve(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     picture = tmp_path / "pareto.png"
-    arguments = ("plan", tiny_directory, "--bits", "2.5..4", "--step", "0.5", "--effort", "fast")
+    arguments = ("plan", tiny_directory, "--bits", "2.5..4", "--step", "0.5", "--effort", "fast", "--calibration-tokens", "512")
     outcome = run(*arguments, "--plot", picture, "--json")
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     points = json.loads(outcome.out)["points"]
@@ -155,16 +155,18 @@ def test_plan_draws_a_falling_curve(run: Run, tiny_directory: Path, tmp_path: Pa
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = run(*arguments)
     assert [line.split()[0] for line in table.out.splitlines()[:5]] == ["budget", "2.5bit", "3bit", "3.5bit", "4bit"]
-    assert "error feedback" in table.out
+    assert "with error feedback" in table.out
+    assert "sensitivities: gradient; 14 of 14 checked linears are linear" in " ".join(table.out.split())
     assert "\x1b" not in table.out and max(map(len, table.out.splitlines())) <= 80
 
 
 def test_a_plan_is_what_a_compile_does(run: Run, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPC_CACHE", str(tmp_path / "cache"))
-    budget = ("--bits", "4", "--kl", "0.0001", "--effort", "fast")
+    budget = ("--bits", "4", "--kl", "0.0001", "--effort", "fast", "--calibration", "none", "--sensitivity", "random")
     planned = json.loads(run("plan", tiny_directory, *budget, "--json").out)
+    assert (planned["sensitivity"], planned["calibration"]) == ("random", None) and planned["linearity"]["growth"]
     (kept,) = (tmp_path / "cache").iterdir()
-    options = (*budget, "--calibration", "none", "--json")
+    options = (*budget, "--json")
     for given in ((), ("--sensitivities", kept)):
         made = json.loads(run("compile", tiny_directory, "-o", tmp_path / "out", "--overwrite", *options, *given).out)
         for of_plan, of_compile in zip(planned["report"]["rows"], made["rows"], strict=True):
