@@ -128,7 +128,8 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backw
             outputs = Walk(program, (tokens.to(device),)).finish(leaves, watch)
             reference = reference_of(program, outputs)
             output = main_output(outputs)
-            torch.autograd.backward(output, reference.cotangent(generator).to(output.dtype))
+            cotangent = reference.cotangent(generator).to(output.dtype)
+            torch.autograd.backward(output, cotangent, inputs=list(dict.fromkeys(leaves.values())))
     except RuntimeError as error:
         raise ModelError(f"{type(program.module).__name__} cannot be differentiated: {str(error).splitlines()[0]}") from error
     found = {weight: float(value) for weight, value in energy.items()}

@@ -66,7 +66,7 @@ class Linearity:
         if not broken:
             return text
         worst = max(broken, key=lambda name: abs(math.log(broken[name])))
-        return f"{text}; the others count for more, {worst} by {broken[worst]:.2f}"
+        return f"{text}; farthest from it is {worst}, whose loss per unit of noise changes by a factor of {broken[worst]:.2f}"
 
 
 @dataclass(frozen=True)
