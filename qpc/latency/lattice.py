@@ -79,7 +79,8 @@ class Lattice:
                 place, share = place * len(axis) + index, share * weight
             time += self.times_ps[place] * share
             known &= self.measured[place]
-        return round(time + max(time - self.launch_ps, 0) * (stretch - 1)), inside and known
+        growing = max(time - self.launch_ps, Fraction(0))
+        return round(time + growing * (stretch - 1)), inside and known
 
 
 def _held(axis: Point, x: Fraction) -> Fraction:
