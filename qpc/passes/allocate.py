@@ -15,11 +15,12 @@ from qpc.ir.annotation import FusionGroup, LinearSite, annotate, annotation
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
+from qpc.passes.timed_items import Timing
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.palette import Palette
 from qpc.quant.quantizer import Quantizer
 from qpc.sensitivity import Sensitivities
-from qpc.solver import Allocation, Item, Limits, Resource, solve
+from qpc.solver import Allocation, Item, Limits, Resource, Rules, solve
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Allocate(Pass):
 
     budget: None is no limit. sensitivities: None takes all linears for equally sensitive. same_quantizer_in_group: give all members of
     a legal group the same quantizer. may_keep: let a linear stay as it is where the budget allows it, or quantizing would not make it
-    smaller.
+    smaller. timing: count time too, keep its limit, and take groups as the solver chooses them; None counts no time.
 
     Raises `BudgetError` that names the smallest feasible budget, `ModelError` if there is nothing to allocate or a sensitivity is missing.
     """
@@ -46,6 +47,7 @@ class Allocate(Pass):
     sensitivities: Sensitivities | None = None
     same_quantizer_in_group: bool = False
     may_keep: bool = True
+    timing: Timing | None = None
 
     @staticmethod
     def uniform(quantizer: Quantizer, sensitivities: Sensitivities | None = None) -> "Allocate":
@@ -59,6 +61,8 @@ class Allocate(Pass):
         weights = {place.site.weight: self._weight(program, place.site) for place in places}
         found = self._solve(program, places, weights)
         remarks = self._kept(places, weights, found)
+        if self.timing is not None:
+            remarks += self._estimates(self.timing, places, found)
         fused = {group: self._fuse(group, found, remarks) for group in dict.fromkeys(place.group for place in places)}
         for place in places:
             quantizer, weight = found.choices[place.site.name], weights[place.site.weight]
@@ -86,16 +90,21 @@ class Allocate(Pass):
         names: dict[str, dict[str, None]] = {}
         for place in places:
             names.setdefault(place.site.weight, {})[place.site.name] = None
-        items = []
-        for cluster in self._clusters(places):
-            table = choices([weights[weight] for weight in cluster], self.palette.quantizers)
-            items.append(Item(tuple(name for weight in cluster for name in names[weight]), table))
+        clusters = self._clusters(places)
+        sites = [tuple(name for weight in cluster for name in names[weight]) for cluster in clusters]
+        if self.timing is None:
+            tables = (choices([weights[weight] for weight in cluster], self.palette.quantizers) for cluster in clusters)
+            items, rules, limit_ps = [Item(*each) for each in zip(sites, tables, strict=True)], Rules(), None
+        else:
+            timed = [(place.site, place.group) for place in places]
+            items = self.timing.items(timed, weights, self.palette, self.same_quantizer_in_group)
+            rules, limit_ps = Rules(alike=sites if self.same_quantizer_in_group else ()), self.timing.limit_ps
         if self.budget is None:
-            return solve(items, Limits())
+            return solve(items, Limits(latency_ps=limit_ps), rules=rules)
         count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
-        smallest = solve(items, Limits(), objective=Resource.BYTES).cost.weight_bytes
+        smallest = solve(items, Limits(), objective=Resource.BYTES, rules=rules).cost.weight_bytes
         self.budget.check(smallest, count, other)
-        return solve(items, Limits(weight_bytes=self.budget.weight_bytes(count, other)))
+        return solve(items, Limits(weight_bytes=self.budget.weight_bytes(count, other), latency_ps=limit_ps), rules=rules)
 
     def _clusters(self, places: "Sequence[_Place]") -> list[list[str]]:
         """Names of the weights that must get the same quantizer, in graph order."""
@@ -120,17 +129,15 @@ class Allocate(Pass):
         return remarks
 
     def _fuse(self, group: FusionGroup, found: Allocation, remarks: list[Remark]) -> dict[str, FusionGroup]:
-        """The chosen group of each member: members with the same quantizer go together."""
-        alike: dict[Quantizer | None, list[str]] = {}
-        for member in group.members:
-            alike.setdefault(found.choices[member], []).append(member)
-        if len(alike) > 1:
-            parts = (f"{', '.join(map(_leaf, members))} got {quantizer or 'no quantizer'}" for quantizer, members in alike.items())
-            remarks.append(self.declined(", ".join(group.members), "split: " + ", ".join(parts)))
+        """The chosen group of each member."""
+        parts = self._parts(group, found)
+        if len(parts) > 1:
+            texts = (f"{', '.join(map(_leaf, members))} got {found.choices[members[0]] or 'no quantizer'}" for members in parts)
+            remarks.append(self.declined(", ".join(group.members), "split: " + ", ".join(texts)))
         rows = {member: shape.out_features for member, shape in zip(group.members, group.shapes, strict=True)}
         chosen = {member: group.subset((member,)) for member in group.members}
-        for quantizer, members in alike.items():
-            if quantizer is None:
+        for members in parts:
+            if found.choices[members[0]] is None:
                 continue
             fused = [member for member in members if member == members[-1] or rows[member] % BLOCK_ROWS == 0]
             chosen |= dict.fromkeys(fused, group.subset(fused))
@@ -139,6 +146,27 @@ class Allocate(Pass):
                     reason = f"out_features={rows[member]} must be divisible by {BLOCK_ROWS} unless it is the last of its group"
                     remarks.append(self.declined(member, reason))
         return chosen
+
+    def _parts(self, group: FusionGroup, found: Allocation) -> list[tuple[str, ...]]:
+        """Members that go together: those that the solver took as one if it chose groups, else those with the same quantizer."""
+        if self.timing is not None and self.timing.fuse:
+            taken = {site: sites for sites in found.groups for site in sites if set(sites) <= set(group.members)}
+            return list(dict.fromkeys(taken.get(member, (member,)) for member in group.members))
+        alike: dict[Quantizer | None, tuple[str, ...]] = {}
+        for member in group.members:
+            alike[found.choices[member]] = (*alike.get(found.choices[member], ()), member)
+        return list(alike.values())
+
+    def _estimates(self, timing: Timing, places: "Sequence[_Place]", found: Allocation) -> list[Remark]:
+        """Which of the times were not measured."""
+        sites = {place.site.name: place.site for place in places}
+        reasons: dict[str, list[str]] = {}
+        for names in found.groups:
+            shapes = tuple({sites[name].weight: sites[name].shape for name in names}.values())
+            for reason in timing.latency(shapes, found.choices[names[0]]).estimates:
+                reasons.setdefault(reason, []).append(", ".join(names))
+        subjects = {reason: first if not more else f"{first} and {len(more)} more" for reason, (first, *more) in reasons.items()}
+        return [self.declined(subject, f"its time is an estimate: {reason}") for reason, subject in subjects.items()]
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,71 @@
+"""What the solver may choose from when time counts: every linear by itself, and every group that may run as one kernel."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from qpc.cost import Choice, Weight, possible, undominated
+from qpc.ir.annotation import FusionGroup, LinearShape, LinearSite
+from qpc.latency import Latency, LatencyModel
+from qpc.passes.fusion import candidates
+from qpc.quant.layout import BLOCK_ROWS
+from qpc.quant.palette import Palette
+from qpc.quant.quantizer import Quantizer
+from qpc.solver import Item
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How an allocation counts time, and how much of it there is.
+
+    model: times of the GPU. batch: rows of activations of one step. limit_ps: largest time of all linears in one step [ps]; None is no
+    limit. fuse: choose the groups together with the quantizers; else linears are timed one by one, and fused where they happen to agree.
+    """
+
+    model: LatencyModel
+    batch: int = 1
+    limit_ps: int | None = None
+    fuse: bool = True
+
+    def items(
+        self, places: Sequence[tuple[LinearSite, FusionGroup]], weights: Mapping[str, Weight], palette: Palette, alike: bool
+    ) -> list[Item]:
+        """The items of a model.
+
+        places: each application of a linear, with its largest legal group. weights: under their names. alike: linears will be tied to one
+        quantizer, so that a choice may be the best of all though another beats it for one linear; else those are left out.
+
+        A weight that is applied several times is an item of its own, which takes the time of them all, and is never fused. Raises
+        `ProfileError` if the model has no times for a quantizer of the palette.
+        """
+        latency = cache(self.latency)
+
+        def table(stored: Sequence[Weight], times: int = 1) -> tuple[Choice, ...]:
+            shapes = tuple(weight.shape for weight in stored)
+            found = possible(stored, palette.quantizers, lambda quantizer: times * latency(shapes, quantizer).ps)
+            return found if alike else undominated(found)
+
+        applied: dict[str, list[str]] = {}
+        for site, _ in places:
+            applied.setdefault(site.weight, []).append(site.name)
+        items = [Item(tuple(dict.fromkeys(names)), table([weights[weight]], len(names))) for weight, names in applied.items()]
+        if not self.fuse:
+            return items
+        once = {names[0]: weight for weight, names in applied.items() if len(names) == 1}
+        for group in dict.fromkeys(group for _, group in places):
+            for legal in fusible(group.subset(once.keys())):
+                quantized = (choice for choice in table([weights[once[name]] for name in legal.members]) if choice.quantizer is not None)
+                if offered := tuple(quantized):
+                    items.append(Item(legal.members, offered))
+        return items
+
+    def latency(self, shapes: tuple[LinearShape, ...], quantizer: Quantizer | None) -> Latency:
+        """Of linears that run as one."""
+        return self.model.group(shapes, quantizer, self.batch)
+
+
+def fusible(group: FusionGroup) -> Iterator[FusionGroup]:
+    """The candidates of a legal group whose packed weights stack: all members but the last have whole blocks of rows."""
+    for candidate in candidates(group):
+        if all(shape.out_features % BLOCK_ROWS == 0 for shape in candidate.shapes[:-1]):
+            yield candidate
