@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rows import write_rows
+from benchmarks.timing import Card
 from qpc.errors import ProfileError
 from qpc.ir.annotation import LinearShape
 from qpc.latency import Profile
@@ -152,6 +154,12 @@ def test_files_of_one_gpu_are_put_together(tmp_path: Path) -> None:
     paths[1].write_text(json.dumps(file([], "NVIDIA Other")))
     with pytest.raises(ProfileError, match="of one GPU, got files of NVIDIA Other, NVIDIA Toy"):
         Profile.load(*paths)
+
+
+def test_what_the_benchmarks_write_is_what_a_profile_reads(tmp_path: Path) -> None:
+    card = Card("NVIDIA Toy", (9, 0), 132, read_gb_s=3000.0, copy_gb_s=2800.0, launch_us=LAUNCH_US)
+    write_rows(tmp_path / "profile.json", "profile", full(), card.row)
+    assert Profile.load(tmp_path / "profile.json") == IDEAL
 
 
 @pytest.mark.parametrize(
