@@ -1,4 +1,4 @@
-"""The command line: `qpc compile | inspect | generate | eval`.
+"""The command line: `qpc compile | plan | inspect | generate | eval`.
 
 Results go to stdout, progress to stderr. An error that the user can mend is one line and exit code 2.
 """
@@ -10,16 +10,38 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
 import qpc
+from qpc.arguments import (
+    AsJson,
+    Compiled,
+    Device,
+    EffortName,
+    EmbeddingBits,
+    Exclude,
+    Kl,
+    ModelPath,
+    RotationBlock,
+    Seed,
+    SensitivityFile,
+    Total,
+    parse_budget,
+    parse_budgets,
+    pick_device,
+    read_sensitivities,
+    read_text,
+)
 from qpc.errors import EvaluationError, ModelError, QpcError, UsageError
 from qpc.report import Report, allocation_table, remarks, summary
-from qpc.terminal import ProgressBars
+from qpc.terminal import ProgressBars, silent_stdout
+
+if TYPE_CHECKING:
+    from qpc.planner import Plan
 
 app = typer.Typer(
     help="Compile language models: smaller and faster, with the least possible loss.",
@@ -27,11 +49,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A compiled model, or a plain Hugging Face directory.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
-Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]
 
 
 def show_version(wanted: bool) -> None:
@@ -50,18 +67,15 @@ def options(
 
 @app.command("compile")
 def compile_model(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory with config.json and safetensors, or a GGUF file.")],
+    model: ModelPath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.", show_default=False)],
     bits: Annotated[str | None, typer.Option(help="Average bits per weight of the linears: 3.25.", show_default=False)] = None,
-    total: Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)] = None,
-    effort: Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")] = "default",
-    exclude: Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")] = None,
-    rotation_block: Annotated[
-        int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
-    ] = None,
-    embeddings: Annotated[
-        str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
-    ] = None,
+    total: Total = None,
+    kl: Kl = None,
+    effort: EffortName = "default",
+    exclude: Exclude = None,
+    rotation_block: RotationBlock = None,
+    embeddings: EmbeddingBits = None,
     calibration: Annotated[
         str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
     ] = "self",
@@ -69,6 +83,7 @@ def compile_model(
     start: Annotated[
         str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
     ] = None,
+    sensitivities: SensitivityFile = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
@@ -76,19 +91,15 @@ def compile_model(
 ) -> None:
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
-    from qpc.checkpoint import check_target, is_checkpoint
-    from qpc.integrations.transformers import load_pretrained
-    from qpc.quant.palette import Effort
+    from qpc.checkpoint import check_target
 
-    budget = parse_budget(bits, total)
-    Effort.parse(effort)
-    if is_checkpoint(model):
-        raise UsageError(f"{model} is a compiled model already; compile the original")
+    budget = parse_budget(bits, total, kl)
     check_target(output, overwrite)
     start_s = time.monotonic()
-    original, tokenizer = load_pretrained(model)
+    given = None if sensitivities is None else read_sensitivities(sensitivities)
+    original, tokenizer = load_original(model, effort)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    with ProgressBars() as progress:
+    with ProgressBars() as progress, silent_stdout():
         compiled = qpc.compile(
             original.to(pick_device(device)),
             budget,
@@ -98,6 +109,7 @@ def compile_model(
             rotation_block=rotation_block,
             embeddings=embeddings,
             calibration=data,
+            sensitivities=given,
             progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
@@ -107,6 +119,62 @@ def compile_model(
     else:
         show(report)
         print(f"\n{output}: written after {elapsed_s:.0f} s")
+
+
+@app.command("plan")
+def plan_model(
+    model: ModelPath,
+    bits: Annotated[
+        str | None, typer.Option(help="Average bits per weight of the linears: 3.25, or a range: 2.5..4.5.", show_default=False)
+    ] = None,
+    total: Total = None,
+    kl: Kl = None,
+    step: Annotated[str, typer.Option(metavar="BITS", help="Step of a range.")] = "0.25",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw predicted KL against size: .png, .svg or .pdf.", show_default=False)
+    ] = None,
+    effort: EffortName = "default",
+    exclude: Exclude = None,
+    rotation_block: RotationBlock = None,
+    embeddings: EmbeddingBits = None,
+    sensitivities: SensitivityFile = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict size and loss of MODEL at a budget, or at each of a range, without compiling it.
+
+    What each layer feels is estimated once for a model and kept (QPC_CACHE); the same budget compiles to the same allocation.
+    """
+    from qpc.integrations.matplotlib import check_picture, draw_plan
+
+    budgets = parse_budgets(bits, total, kl, step)
+    if plot is not None and len(budgets) == 1:
+        raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5")
+    if plot is not None:
+        check_picture(plot)
+    original, _ = load_original(model, effort)
+    given = None if sensitivities is None else read_sensitivities(sensitivities)
+    with ProgressBars() as progress, silent_stdout():
+        plan = qpc.plan(
+            original.to(pick_device(device)),
+            budgets,
+            effort=effort,
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            rotation_block=rotation_block,
+            embeddings=embeddings,
+            sensitivities=given,
+            progress=progress,
+        )
+    if plot is not None:
+        draw_plan(plan, plot, model.resolve().name)
+    if as_json:
+        print_json(plan.to_json() | {"report": None if plan.report is None else described(plan.report)})
+        return
+    show_plan(plan)
+    if plot is not None:
+        print(f"{plot}: drawn")
 
 
 @app.command()
@@ -196,18 +264,15 @@ def evaluate_model(
     print(f"tokens           {result.tokens} in windows of {result.window}")
 
 
-def parse_budget(bits: str | None, total: str | None) -> Any:
-    """A `Budget` from the two options. Raises `QpcError` unless at least one is given, each in its unit."""
-    from qpc.budget import Budget
-    from qpc.errors import BudgetError
+def load_original(path: Path, effort: str) -> tuple[nn.Module, Any | None]:
+    """A model that is not compiled yet, with its tokenizer. Raises `QpcError` before it takes time if that or the effort is wrong."""
+    from qpc.integrations.transformers import load_pretrained
+    from qpc.quant.palette import Effort
 
-    if bits is None and total is None:
-        raise BudgetError("no budget: give --bits 3.25 (average bits per weight), --size 80MB (whole checkpoint), or both")
-    if bits is not None and Budget.parse(bits).total_bytes is not None:
-        raise BudgetError(f"--bits {bits} must be a number of bits per weight, such as 3.25; --size takes bytes")
-    if total is not None and Budget.parse(total).bits_per_weight is not None:
-        raise BudgetError(f"--size {total} must have a unit of bytes, such as 80MB or 4.2GiB; --bits takes bits per weight")
-    return Budget.parse(", ".join(limit for limit in (bits, total) if limit is not None))
+    Effort.parse(effort)
+    if qpc.is_checkpoint(path):
+        raise UsageError(f"{path} is a compiled model already; give the original")
+    return load_pretrained(path)
 
 
 def load_any(path: Path, device: str | None) -> tuple[nn.Module, Any | None]:
@@ -221,34 +286,11 @@ def load_any(path: Path, device: str | None) -> tuple[nn.Module, Any | None]:
     return model.to(where), tokenizer
 
 
-def pick_device(name: str | None) -> str:
-    """The device to run on. Raises `UsageError` if torch has no such device here."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
-
-
 def required(tokenizer: Any | None, model: Path) -> Any:
     """The tokenizer. Raises `ModelError` if there is none."""
     if tokenizer is None:
         raise ModelError(f"{model} has no tokenizer; put its tokenizer files (tokenizer.json, tokenizer_config.json) there")
     return tokenizer
-
-
-def read_text(path: Path) -> str:
-    """A text file as it is. Raises `UsageError` if it is missing or not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; give a text file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
@@ -281,6 +323,20 @@ def show(report: Report) -> None:
     if report.remarks:
         console.print("remarks", style="bold")
         console.print(remarks(report))
+
+
+def show_plan(plan: "Plan") -> None:
+    """Print a plan for people."""
+    from qpc.plan_report import note, point_summary, points_table
+
+    console = Console(highlight=False)
+    if plan.report is None:
+        console.print(points_table(plan))
+    else:
+        for part in (allocation_table(plan.report), point_summary(plan, plan.points[0])):
+            console.print(part)
+            console.print()
+    console.print(note(plan), style="dim")
 
 
 def print_json(value: dict[str, Any]) -> None:

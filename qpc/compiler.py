@@ -13,7 +13,7 @@ from qpc.calibration import Calibration, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError, SettingsError
-from qpc.ir.annotation import Annotation
+from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.program import Program
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
@@ -31,7 +31,8 @@ from qpc.passes.quantize import Quantize
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
-from qpc.sensitivity import Sensitivities, check_finite, estimate
+from qpc.sensitivity import Sensitivities, check_finite
+from qpc.sensitivity_cache import estimated
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Options:
         if self.rotation_block is not None and self.rotation_block < 1:
             raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
 
+    def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
+        """The pass that allocates with these options, within any budget."""
+        return Allocate(budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group)
+
 
 def compile(
     model: nn.Module,
@@ -86,7 +91,8 @@ def compile(
 
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
-    budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), or a `Budget`.
+    budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
+        KL that the smallest model may have (`"0.1nats"`), several (`"4bit, 0.1nats"`), or a `Budget`.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
@@ -129,13 +135,33 @@ def build(
     progress: Progress = silent,
 ) -> Program:
     """Everything before lowering: a program at QUANTIZED."""
+    return decide(captured(model, options, example_inputs), options, sensitivities=sensitivities, progress=progress)
+
+
+def captured(model: nn.Module, options: Options, example_inputs: tuple[Tensor, ...] | None = None) -> Program:
+    """A program at CAPTURED, without the linears that are excluded or that no other module can take the place of."""
     program = capture(model, example_inputs=example_inputs, exclude=options.exclude)
     program.excluded.update(irreplaceable(model))
-    return decide(program, options, sensitivities=sensitivities, progress=progress)
+    return program
 
 
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
+    group(program, options)
+    samples, remarks = collect(options.calibration, program, options.seed, progress)
+    program.remarks += remarks
+    program.calibration = None if samples is None else samples.description
+    sensitivities = prepare(program, options, sensitivities, progress)
+    rest: tuple[Pass, ...] = (
+        options.allocate(options.budget, sensitivities),
+        Quantize(options.seed, options.rotation_block, progress, samples),
+    )
+    Pipeline(rest).run(program)
+    return program
+
+
+def group(program: Program, options: Options) -> None:
+    """From CAPTURED to GROUPED. Raises `ModelError` if there is nothing to quantize, or a weight is not finite."""
     if options.embeddings is not None:
         apart = {name: APART for name, reason in program.excluded.items() if reason in (OUTPUT_HEAD, EMBEDDING)}
         program.excluded.update(apart)
@@ -144,20 +170,17 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
         kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
         raise ModelError("the model has no linear layers that could be quantized" + (f" (left out: {kept})" if kept else ""))
     check_finite(program)
-    samples, remarks = collect(options.calibration, program, options.seed, progress)
-    program.remarks += remarks
-    program.calibration = None if samples is None else samples.description
+
+
+def prepare(program: Program, options: Options, sensitivities: Sensitivities | None, progress: Progress = silent) -> Sensitivities:
+    """What an allocation needs to know: sensitivities, as given or estimated, and the size of embeddings, which are packed for that."""
     if sensitivities is None:
-        sensitivities = estimate(program, seed=options.seed, progress=progress)
-    palette = default_palette(options.effort)
+        sensitivities, remarks = estimated(program, options.seed, progress)
+        program.remarks += remarks
     if options.embeddings is not None:
-        Pipeline((Embeddings(palette.at(options.embeddings), options.seed, options.rotation_block, progress),)).run(program)
-    rest: tuple[Pass, ...] = (
-        Allocate(options.budget, palette, sensitivities, options.same_quantizer_in_group),
-        Quantize(options.seed, options.rotation_block, progress, samples),
-    )
-    Pipeline(rest).run(program)
-    return program
+        quantizer = default_palette(options.effort).at(options.embeddings)
+        Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
+    return sensitivities
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:
@@ -211,9 +234,10 @@ def install(model: nn.Module, program: Program) -> nn.Module:
 
 
 def make_report(program: Program, options: Options) -> Report:
-    """Collect what was decided for each site, and the sizes before and after."""
+    """Collect what was decided for each site, and the sizes before and after: from ALLOCATED on."""
     rows = []
-    for name, note in program.decisions.items():
+    decisions = program.decisions or {note.site.name: note for node in program.linears() if (note := annotation(node)).site is not None}
+    for name, note in decisions.items():
         assert note.site is not None and note.group is not None
         original = program.tensor(note.site.weight)
         stored = note.weight_bytes if note.quantizer is not None and note.weight_bytes is not None else original.nbytes
@@ -251,7 +275,7 @@ def make_report(program: Program, options: Options) -> Report:
             )
         )
     before = model_bytes(program.module)
-    packed = {note.site.weight: note for name, note in program.decisions.items() if name in program.packed and note.site is not None}
+    packed = {note.site.weight: note for note in decisions.values() if note.quantizer is not None and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
     saved += sum(program.tensor(weight).nbytes - table.packed.nbytes for weight, table in program.tables.items())
     predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())

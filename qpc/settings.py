@@ -7,7 +7,7 @@ from pathlib import Path
 from qpc.errors import SettingsError
 
 VARIABLES = {
-    "QPC_CACHE": "directory of what can be made again, such as sampled text (default: qpc in the XDG cache directory); empty: keep nothing",
+    "QPC_CACHE": "directory of what can be made again: sampled text, sensitivities (default: qpc in the XDG cache); empty: keep nothing",
     "QPC_DUMP": "directory that receives one text, JSON and DOT dump of the graph after every pass",
     "QPC_THREADS": "number of CPU threads of the encoder (default: all cores)",
 }

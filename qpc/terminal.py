@@ -1,7 +1,11 @@
 """Progress on stderr: bars where somebody watches, a line now and then where a log does."""
 
+import ctypes
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -9,6 +13,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 LINE_INTERVAL_S = 15.0
 """Shortest time between two lines of progress in a log."""
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Drop what is written to the process's stdout meanwhile: HiGHS prints lines of its own there, and stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class ProgressBars:

@@ -94,6 +94,18 @@ def test_compile_keeps_a_size(run: Run, tiny_directory: Path, tmp_path: Path) ->
     assert json.loads(outcome.out)["model_bytes"] <= 110_000
 
 
+def test_compile_keeps_a_predicted_loss_with_the_smallest_model(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    options = ("--effort", "fast", "--calibration", "none", "--overwrite", "--json")
+    sizes = []
+    for kl in ("0.001", "0.0001nats"):
+        outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--kl", kl, *options)
+        assert outcome.code == 0, outcome.err
+        result = json.loads(outcome.out)
+        assert 0.5 * float(kl.removesuffix("nats")) < result["predicted_loss"] < 1.1 * float(kl.removesuffix("nats"))
+        sizes.append(result["model_bytes"])
+    assert sizes[0] < sizes[1]
+
+
 def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     pattern = "*.down_proj"
     outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--exclude", pattern, "--json")
@@ -129,6 +141,59 @@ def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path,
         assert outcome.code == 0, outcome.err
         assert json.loads(outcome.out)["calibration"] == expected
     assert "320 tokens" in run("inspect", tmp_path / "out").out
+
+
+def test_plan_draws_a_falling_curve(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "pareto.png"
+    arguments = ("plan", tiny_directory, "--bits", "2.5..4", "--step", "0.5", "--effort", "fast")
+    outcome = run(*arguments, "--plot", picture, "--json")
+    assert (outcome.code, outcome.err) == (0, ""), outcome.err
+    points = json.loads(outcome.out)["points"]
+    assert [point["budget"] for point in points] == ["2.5bit", "3bit", "3.5bit", "4bit"]
+    losses = [point["predicted_loss"] for point in points]
+    assert losses == sorted(losses, reverse=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = run(*arguments)
+    assert [line.split()[0] for line in table.out.splitlines()[:5]] == ["budget", "2.5bit", "3bit", "3.5bit", "4bit"]
+    assert "error feedback" in table.out
+    assert "\x1b" not in table.out and max(map(len, table.out.splitlines())) <= 80
+
+
+def test_a_plan_is_what_a_compile_does(run: Run, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPC_CACHE", str(tmp_path / "cache"))
+    budget = ("--bits", "4", "--kl", "0.0001", "--effort", "fast")
+    planned = json.loads(run("plan", tiny_directory, *budget, "--json").out)
+    (kept,) = (tmp_path / "cache").iterdir()
+    options = (*budget, "--calibration", "none", "--json")
+    for given in ((), ("--sensitivities", kept)):
+        made = json.loads(run("compile", tiny_directory, "-o", tmp_path / "out", "--overwrite", *options, *given).out)
+        for of_plan, of_compile in zip(planned["report"]["rows"], made["rows"], strict=True):
+            for name in ("name", "quantizer", "weight_bytes", "group", "sensitivity"):
+                assert of_plan[name] == of_compile[name]
+        assert planned["points"][0]["model_bytes"] == made["model_bytes"]
+    shown = run("plan", tiny_directory, *budget, "--sensitivities", kept)
+    assert "q_proj" in shown.out and "4bit, 0.0001nats" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ("no budget", "--bits 3.25")),
+        (("--bits", "3..2"), ("'3..2'", "no range")),
+        (("--bits", "2..3", "--step", "0"), ("must be positive",)),
+        (("--bits", "2..3", "--step", "0.001"), ("larger steps",)),
+        (("--bits", "2..3", "--kl", "0.1"), ("--kl", "one of them")),
+        (("--bits", "3", "--plot", "p.png"), ("--plot", "2.5..4.5")),
+        (("--bits", "2..3", "--plot", "p.bmp"), ("p.bmp", ".png")),
+        (("--bits", "0.5..3"), ("0.5bit", "smallest feasible")),
+        (("--bits", "2..3", "--size", "10kB"), ("10kB", "smallest feasible")),
+        (("--kl", "0.00001", "--size", "85kB"), ("85kB", "cannot be kept", "least feasible KL", "smallest feasible size")),
+        (("--bits", "3", "--sensitivities", "nowhere.json"), ("nowhere.json cannot be read",)),
+        (("--bits", "3", "--sensitivities", __file__), ("no sensitivities",)),
+    ],
+)
+def test_bad_options_of_plan(run: Run, tiny_directory: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(run("plan", tiny_directory, "--effort", "fast", *options), *words)
 
 
 def test_inspect_tells_the_same_twice(run: Run, compiled: Path) -> None:
@@ -176,6 +241,10 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
         (("--bits", "-3"), ("must be positive",)),
         (("--bits", "80MB"), ("--size takes bytes",)),
         (("--size", "80"), ("--bits takes bits",)),
+        (("--kl", "3bit"), ("--kl 3bit", "nats", "--bits takes bits")),
+        (("--bits", "0.1nats"), ("--kl takes nats",)),
+        (("--bits", "2", "--kl", "1e-3"), ("'1e-3'", "not a number")),
+        (("--bits", "2", "--kl", "0.000001"), ("2bit, 0.000001nats", "cannot be kept", "least feasible KL", "smallest feasible size")),
         (("--bits", "0.5"), ("below the palette", "smallest feasible")),
         (("--size", "10kB"), ("smallest feasible",)),
         (("--bits", "4", "--effort", "heroic"), ("heroic", "fast", "max")),
@@ -252,6 +321,7 @@ def test_output_must_be_writable(run: Run, tiny_directory: Path, tmp_path: Path)
 
 def test_compiled_models_are_not_compiled_again(run: Run, compiled: Path, tmp_path: Path) -> None:
     refused(run("compile", compiled, "-o", tmp_path / "out", "--bits", "2"), "compiled model already")
+    refused(run("plan", compiled, "--bits", "2"), "compiled model already")
 
 
 def test_bad_texts(run: Run, tiny_directory: Path, text: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Progress never reaches stdout, and a log is not flooded."""
 
+import ctypes
+
 import pytest
 
 from qpc import terminal
 from qpc.progress import track
-from qpc.terminal import ProgressBars
+from qpc.terminal import ProgressBars, silent_stdout
 
 
 def test_short_work_is_silent_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
@@ -29,3 +31,15 @@ def test_bars_are_drawn_on_a_terminal(capfd: pytest.CaptureFixture[str], monkeyp
     out, err = capfd.readouterr()
     assert out == ""
     assert "first" in err and "second" in err and "3/3" in err
+
+
+def test_what_a_library_prints_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
+    library = ctypes.CDLL(None)
+    print("before")
+    with pytest.raises(KeyboardInterrupt), silent_stdout():
+        library.puts(b"noise")
+        raise KeyboardInterrupt
+    library.puts(b"heard")
+    library.fflush(None)
+    print("after")
+    assert capfd.readouterr() == ("before\nheard\nafter\n", "")

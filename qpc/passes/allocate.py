@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qpc.budget import Budget
 from qpc.cost import Weight, choices
-from qpc.errors import ModelError
+from qpc.errors import BudgetError, ModelError
 from qpc.ir.annotation import FusionGroup, LinearSite, annotate, annotation
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
@@ -19,14 +19,21 @@ from qpc.passes.timed_items import Timing
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.palette import Palette
 from qpc.quant.quantizer import Quantizer
-from qpc.sensitivity import Sensitivities
-from qpc.solver import Allocation, Item, Limits, Resource, Rules, solve
+from qpc.sensitivity import Loss, Sensitivities
+from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, Rules, solve
+
+RELATIVE_GAP = 1e-6
+"""Of the predicted loss, within a limit of bytes."""
+
+SIZE_GAP = 1e-4
+"""Of the bytes of the smallest model within a predicted loss: on SmolLM2-135M, 1e-5 takes ten seconds more and finds no smaller one."""
 
 
 @dataclass(frozen=True)
 class Allocate(Pass):
     """Gives every site the quantizer that keeps the predicted loss of the whole model smallest within the budget.
 
+    A budget with a limit on the predicted KL asks for the smallest model that keeps all its limits instead.
     The loss of a choice is the sensitivity of the weight times the distortion of the quantizer. A weight that several sites share is
     stored once and gets one quantizer. Members of a legal group that get the same quantizer become one fused group. The `Allocation`
     is left in `program.allocation`.
@@ -35,7 +42,8 @@ class Allocate(Pass):
     a legal group the same quantizer. may_keep: let a linear stay as it is where the budget allows it, or quantizing would not make it
     smaller. timing: count time too, keep its limit, and take groups as the solver chooses them; None counts no time.
 
-    Raises `BudgetError` that names the smallest feasible budget, `ModelError` if there is nothing to allocate or a sensitivity is missing.
+    Raises `BudgetError` that names the nearest feasible budgets, or if the budget limits a KL that nothing predicts, and
+    `ModelError` if there is nothing to allocate or a sensitivity is missing.
     """
 
     name: ClassVar[str] = "allocate"
@@ -55,11 +63,8 @@ class Allocate(Pass):
         return Allocate(None, Palette((quantizer,)), sensitivities, may_keep=False)
 
     def run(self, program: Program) -> PassResult:
-        places = _places(program)
-        if not places:
-            raise ModelError("the model has no linear that may be quantized; check the exclusions")
-        weights = {place.site.weight: self._weight(program, place.site) for place in places}
-        found = self._solve(program, places, weights)
+        places, weights = _places(program), self.weights(program)
+        found = self.solve(program)
         remarks = self._kept(places, weights, found)
         if self.timing is not None:
             remarks += self._estimates(self.timing, places, found)
@@ -78,6 +83,32 @@ class Allocate(Pass):
         program.allocation = found
         return PassResult(tuple(name for name, quantizer in found.choices.items() if quantizer is not None), tuple(remarks))
 
+    def weights(self, program: Program) -> dict[str, Weight]:
+        """What there is to allocate, by name of the parameter: those that several sites share once."""
+        places = _places(program)
+        if not places:
+            raise ModelError("the model has no linear that may be quantized; check the exclusions")
+        return {place.site.weight: self._weight(program, place.site) for place in places}
+
+    def solve(self, program: Program) -> Allocation:
+        """The allocation alone; the program stays as it is."""
+        (items, rules), weights = self._items(program), self.weights(program)
+        limit_ps = None if self.timing is None else self.timing.limit_ps
+        if self.budget is None:
+            return solve(items, Limits(latency_ps=limit_ps), rules=rules)
+        if self.budget.loss is not None and (self.sensitivities is None or self.sensitivities.loss is not Loss.KL):
+            reason = "only the sensitivities of a language model predict a KL; give a size instead"
+            raise BudgetError(f"budget {self.budget}: {reason}")
+        count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
+        limits = Limits(weight_bytes=self.budget.weight_bytes(count, other), latency_ps=limit_ps, loss=self.budget.loss)
+        try:
+            if limits.loss is None:
+                return solve(items, limits, rules=rules, relative_gap=RELATIVE_GAP)
+            return solve(items, limits, objective=Resource.BYTES, rules=rules, relative_gap=SIZE_GAP)
+        except InfeasibleError as error:
+            size, kl = error.nearest.get(Resource.BYTES), error.nearest.get(Resource.LOSS)
+            raise self.budget.refusal(count, other, least_bytes=None if size is None else int(size), least_kl=kl) from error
+
     def _weight(self, program: Program, site: LinearSite) -> Weight:
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
         if self.sensitivities is None:
@@ -86,25 +117,19 @@ class Allocate(Pass):
             raise ModelError(f"the sensitivities have no value for {site.name}; estimate them for this model")
         return Weight(site.shape, self.sensitivities.values[site.name], kept_bytes)
 
-    def _solve(self, program: Program, places: "Sequence[_Place]", weights: Mapping[str, Weight]) -> Allocation:
+    def _items(self, program: Program) -> tuple[list[Item], Rules]:
+        places, weights = _places(program), self.weights(program)
         names: dict[str, dict[str, None]] = {}
         for place in places:
             names.setdefault(place.site.weight, {})[place.site.name] = None
         clusters = self._clusters(places)
         sites = [tuple(name for weight in cluster for name in names[weight]) for cluster in clusters]
-        if self.timing is None:
-            tables = (choices([weights[weight] for weight in cluster], self.palette.quantizers) for cluster in clusters)
-            items, rules, limit_ps = [Item(*each) for each in zip(sites, tables, strict=True)], Rules(), None
-        else:
+        if self.timing is not None:
             timed = [(place.site, place.group) for place in places]
             items = self.timing.items(timed, weights, self.palette, self.same_quantizer_in_group)
-            rules, limit_ps = Rules(alike=sites if self.same_quantizer_in_group else ()), self.timing.limit_ps
-        if self.budget is None:
-            return solve(items, Limits(latency_ps=limit_ps), rules=rules)
-        count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
-        smallest = solve(items, Limits(), objective=Resource.BYTES, rules=rules).cost.weight_bytes
-        self.budget.check(smallest, count, other)
-        return solve(items, Limits(weight_bytes=self.budget.weight_bytes(count, other), latency_ps=limit_ps), rules=rules)
+            return items, Rules(alike=sites if self.same_quantizer_in_group else ())
+        tables = (choices([weights[weight] for weight in cluster], self.palette.quantizers) for cluster in clusters)
+        return [Item(*each) for each in zip(sites, tables, strict=True)], Rules()
 
     def _clusters(self, places: "Sequence[_Place]") -> list[list[str]]:
         """Names of the weights that must get the same quantizer, in graph order."""

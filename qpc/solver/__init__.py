@@ -6,5 +6,19 @@ and the few choices that an optimum can hold; an integer program decides among t
 
 from qpc.solver.optimise import solve
 from qpc.solver.statement import Allocation, InfeasibleError, Item, Limits, Resource, Rules, Status
+from qpc.solver.theory import WaterFilling, decibels, palette_bound, water_filling
 
-__all__ = ["Allocation", "InfeasibleError", "Item", "Limits", "Resource", "Rules", "Status", "solve"]
+__all__ = [
+    "Allocation",
+    "InfeasibleError",
+    "Item",
+    "Limits",
+    "Resource",
+    "Rules",
+    "Status",
+    "WaterFilling",
+    "decibels",
+    "palette_bound",
+    "solve",
+    "water_filling",
+]

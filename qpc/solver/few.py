@@ -11,33 +11,39 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from qpc.solver.dual import Best, Problem, relax, unit
+from qpc.solver.dual import Best, Problem, relax
 from qpc.solver.tables import Floats, Tables
 
 ROUNDS = 4
+FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0, 1e4)
+"""Prices are raised by these until the set that is best at them can keep the limits: few quantizers make limits harder to keep."""
 
 Set = npt.NDArray[np.bool_]
 """Quantizers: bool [quantizer]."""
 
 
 def choose(problem: Problem, weights: Floats, most: int) -> Iterator[Set]:
-    """Sets of at most `most` counted quantizers, each better or easier to keep within the limits than the one before was.
+    """Sets of at most `most` counted quantizers with which fractions of covers keep the limits, the better ones later.
 
     weights: the objective's weights plus the prices of the problem without the rule.
     """
-    tight = sum((unit(row) / max(limit, 1) for row, limit in problem.limits.items()), start=np.zeros(len(weights)))
-    for start in (weights, tight):
-        chosen = _descend(problem.tables, start, None, most)
+    prices = weights - problem.weights
+    for factor in FACTORS:
+        chosen = _descend(problem.tables, problem.weights + factor * prices, None, most)
         for _ in range(ROUNDS):
             if chosen is None:
                 break
-            yield chosen
             restricted = Problem(problem.tables.only(chosen), problem.objective, problem.limits)
             relaxed = relax(restricted, Best(restricted))
-            better = None if relaxed is None else _descend(problem.tables, relaxed.weights, chosen, most)
-            if relaxed is not None and (better is None or bool((better == chosen).all())):
+            if relaxed is None:
+                break
+            yield chosen
+            better = _descend(problem.tables, relaxed.weights, chosen, most)
+            if better is None or bool((better == chosen).all()):
                 return
             chosen = better
+        else:
+            return
 
 
 def _descend(tables: Tables, weights: Floats, chosen: Set | None, most: int) -> Set | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
+import numpy.typing as npt
 
 from qpc.cost import Cost
 from qpc.errors import SolverError
@@ -13,6 +14,7 @@ from qpc.quant.quantizer import Quantizer
 from qpc.solver.clusters import clusters_of, quantizers_of
 from qpc.solver.dual import Best, Problem, Relaxation, relax, unit
 from qpc.solver.few import choose
+from qpc.solver.median import median_bound
 from qpc.solver.repair import repair
 from qpc.solver.search import Effort, search
 from qpc.solver.statement import Allocation, InfeasibleError, Item, Limits, Resource, Rules, Status
@@ -20,6 +22,8 @@ from qpc.solver.tables import Floats, Picks, Row, Tables
 
 SIZES = (1000, 4000, 16000)
 """Choices in the integer program: first few, for a good allocation soon; then more, if the gap asks for it."""
+NEAREST_LOSS = 1e-6
+"""Relative gap at which a loss is called the smallest; whole numbers must be proven exactly."""
 WHOLE = 1e-6
 """What a number of launches may be off a whole one, and count as whole."""
 
@@ -30,19 +34,22 @@ def solve(
     *,
     objective: Resource = Resource.LOSS,
     rules: Rules | None = None,
-    relative_gap: float = 1e-6,
+    relative_gap: float = 1e-4,
     time_limit_s: float = 10.0,
 ) -> Allocation:
     """The allocation with the least of the objective that keeps limits and rules, to a relative gap.
 
-    Items cover each site exactly once, each with one quantizer; of equal ones the one of least latency is taken. Limits are kept to the
-    byte and the picosecond. Equal input gives equal output, unless the time limit stops the search; then, or when the integer program
-    becomes too large, the best allocation found is returned with its gap. The time limit is for one integer program after the other,
-    not for the laying out of tables and for the prices, which take about a second on the largest models.
+    Items cover each site exactly once, each with one quantizer; of covers with the same quantizers the fastest is taken. Limits are kept to
+    the byte and the picosecond. Equal input gives equal output, unless the time limit stops the search; then, or when the integer program
+    becomes too large, the best allocation found is returned with its gap. Tables and prices take a second on the largest models; the time
+    limit is for the integer programs of one search. A limited number of quantizers adds a search (among a set of them), and so does the
+    nearest feasible value of each limit that cannot be kept.
 
     Raises `InfeasibleError` if no allocation keeps the limits, `SolverError` if the items or rules contradict each other, HiGHS fails, or
     the time was too short to find an allocation or to exclude that there is one.
     """
+    if not items:
+        raise SolverError("there is nothing to allocate")
     rules = rules or Rules()
     quantizers = quantizers_of(items)
     tables = Tables.of(clusters_of(items, rules, quantizers), [quantizer is not None for quantizer in quantizers])
@@ -106,11 +113,10 @@ def _minimise(problem: Problem, effort: _Effort, start: Picks | None = None) -> 
     if _open(best, nodes[0].bound, effort.relative_gap):
         nodes = _split(problem, root, best) or nodes
     if problem.most_quantizers is not None and _open(best, min(node.bound for node in nodes), effort.relative_gap):
-        for chosen in reversed(list(choose(problem, root.weights, problem.most_quantizers))):
-            within = _minimise(Problem(tables.only(chosen), problem.objective, problem.limits), effort)
-            if within.best.picks is not None:
-                best.offer(within.best.picks, tables.totals(within.best.picks))
-                break
+        least, possible = _few(problem, root.weights, best, problem.most_quantizers, effort)
+        for node in nodes:
+            node.bound = max(node.bound, least)
+            node.problem = replace(node.problem, tables=tables.only(possible))
     deadline_s = monotonic() + effort.time_limit_s
     for size in SIZES:
         for node in sorted(nodes, key=lambda node: node.bound):
@@ -148,6 +154,25 @@ def _split(problem: Problem, root: Relaxation, best: Best) -> list[_Node]:
     return nodes
 
 
+def _few(problem: Problem, weights: Floats, best: Best, most: int, effort: _Effort) -> tuple[float, npt.NDArray[np.bool_]]:
+    """Offer to `best` the allocation of a well chosen set of quantizers.
+
+    weights: the objective's plus the prices of the problem without the rule.
+
+    Returns a lower bound that knows of the rule, and the quantizers that a better allocation may use: bool [quantizer].
+    """
+    for chosen in reversed(list(choose(problem, weights, most))):
+        restricted = Problem(problem.tables.only(chosen), problem.objective, problem.limits)
+        within = _minimise(restricted, effort)
+        if within.best.picks is not None and within.best.totals is not None:
+            best.offer(within.best.picks, within.best.totals)
+            relaxation = relax(restricted, Best(restricted))
+            assert relaxation is not None, "the set has an allocation"
+            bound, possible = median_bound(problem, relaxation.weights, within.best.picks, most, best.value)
+            return _whole(problem.objective, bound), possible
+    return -math.inf, np.ones(len(problem.tables.counted), dtype=np.bool_)
+
+
 def _open(best: Best, bound: float, relative_gap: float) -> bool:
     """Whether the gap is not reached yet."""
     return math.isfinite(bound) and (best.picks is None or best.value - bound > relative_gap * best.value)
@@ -165,24 +190,25 @@ def _nearest(problem: Problem, limits: Mapping[Resource, float], time_limit_s: f
     if the time was too short to find that out.
     """
     nearest: dict[Resource, float] = {}
+    bites: list[str] = []
     undecided = False
+    asked = " and ".join(resource.show(limit) for resource, limit in limits.items())
     for resource, limit in limits.items():
         found = _minimise(_problem(problem.tables, resource, limits, problem.most_quantizers), _Effort(0.0, time_limit_s))
-        if found.best.picks is not None and found.best.value <= limit:
-            return found.best.picks
-        if found.best.picks is not None:
-            nearest[resource] = found.best.value
         undecided |= found.bound <= limit and found.status is not Status.OPTIMAL
-    asked = " and ".join(resource.show(limit) for resource, limit in limits.items())
+        if found.best.picks is None:
+            continue
+        if found.best.value <= limit:
+            return found.best.picks
+        nearest[resource] = found.best.value
+        rest = ", the other limits kept" if len(limits) > 1 else ""
+        proven = found.bound >= found.best.value * (1 - NEAREST_LOSS if resource is Resource.LOSS else 1)
+        less = "" if proven else f" (the smallest that was found; it is proven to be at least {resource.show(found.bound)})"
+        bites.append(f"{resource.show(limit)} is below the smallest feasible one of {resource.show(found.best.value)}{less}{rest}")
     if undecided:
         raise SolverError(f"the time limit of {time_limit_s} s was too short to find an allocation within {asked}, or that there is none")
     if not limits:
         raise InfeasibleError(f"no allocation has at most {problem.most_quantizers} distinct quantizers", {})
-    rest = ", the other limits kept" if len(limits) > 1 else ""
-    bites = [
-        f"{resource.show(limits[resource])} is below the smallest feasible one of {resource.show(amount)}{rest}"
-        for resource, amount in nearest.items()
-    ]
     if not bites:
         alone = [_minimise(_problem(problem.tables, each, {}, problem.most_quantizers), _Effort(0.0, time_limit_s)) for each in limits]
         bites = [

@@ -131,8 +131,8 @@ class Allocation:
 class InfeasibleError(BudgetError):
     """No allocation keeps all the limits.
 
-    nearest: for each limit that bites, the least amount with which the other limits can be kept. Empty if two limits are each out of
-    reach on their own, or the rules leave no allocation at all.
+    nearest: for each limit that bites, the least amount with which the other limits can be kept (the least that was found, where the
+    message says that time was short). Empty if no single limit can mend it, or the rules leave no allocation at all.
     """
 
     def __init__(self, message: str, nearest: Mapping[Resource, float]) -> None:

@@ -55,6 +55,19 @@ class Plan:
         """The parts that can cover the lowest site of a state, and what they leave."""
         return dict(self.states)
 
+    @cached_property
+    def packings(self) -> tuple[tuple[int, tuple[tuple[int, int], ...]], ...]:
+        """As `states`, but the lowest site may stay uncovered too: part -1."""
+        todo, found = [self.full], dict[int, tuple[tuple[int, int], ...]]()
+        while todo:
+            state = todo.pop()
+            if state and state not in found:
+                lowest = state & -state
+                fitting = [(part, state & ~mask) for part, mask in enumerate(self.masks) if mask & lowest and mask & ~state == 0]
+                found[state] = ((-1, state & ~lowest), *fitting)
+                todo += [rest for _, rest in found[state]]
+        return tuple(sorted(found.items(), key=lambda entry: (entry[0].bit_count(), entry[0])))
+
     @staticmethod
     def of(masks: tuple[int, ...], sites: int) -> "Plan":
         """The plan of a cluster. Raises `SolverError` if the parts overlap in too many ways to go through."""

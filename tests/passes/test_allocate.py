@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -157,6 +158,67 @@ def test_an_infeasible_budget_names_the_smallest_feasible_one(budget: str) -> No
         sites = allocated(grouped(Attention(), *plain_inputs()), step(feasible))
         assert {found.quantizer for found in sites.values()} == {ToyQuantizer(2)}
     assert ("never quantized" in str(error.value)) == (budget == "500B")
+
+
+@pytest.mark.parametrize("budget", ["0.3nats", "0.09nats", "4.2bit, 0.09nats", "0.02nats, 5000B, 5bit"])
+def test_no_allocation_within_a_predicted_loss_is_smaller(budget: str) -> None:
+    given = sensitivities(q=0.3, k=2.0, v=9.0, o=1.0)
+    program = grouped(Attention((128, 64, 64)), *plain_inputs())
+    limits = Budget.parse(budget)
+    step = Allocate(limits, PALETTE, given, may_keep=False)
+    others, weights = other_bytes(program, step.weights(program)), step.weights(program)
+    count = sum(weight.shape.weights for weight in weights.values())
+    feasible = []
+    for choice in itertools.product(PALETTE.quantizers, repeat=4):
+        costs = [weight.cost(quantizer).weighted(weight.sensitivity) for weight, quantizer in zip(weights.values(), choice, strict=True)]
+        size, loss = sum(cost.weight_bytes for cost in costs), math.fsum(cost.distortion for cost in costs)
+        room = limits.weight_bytes(count, others)
+        if limits.loss is not None and loss <= limits.loss and (room is None or size <= room):
+            feasible.append(size)
+    if not feasible:
+        with pytest.raises(BudgetError, match="cannot be kept"):
+            step.solve(program)
+        return
+    found = step.solve(program)
+    assert limits.loss is not None and found.cost.distortion <= limits.loss
+    assert found.cost.weight_bytes == min(feasible)
+    allocated(program, step)
+    assert program.allocation == found
+
+
+@pytest.mark.parametrize("may_keep", [False, True])
+@pytest.mark.parametrize("budget", ["2.5bit, 0.1nats", "1bit, 0.5nats", "2kB, 5bit, 0.2nats", "0.0001nats", "1bit, 0.0001nats"])
+def test_limits_that_exclude_each_other_name_feasible_ones(budget: str, may_keep: bool) -> None:
+    given = sensitivities(q=0.3, k=2.0, v=9.0, o=1.0)
+    program = grouped(Attention((128, 64, 64)), *plain_inputs())
+    limits = Budget.parse(budget)
+
+    def solved(wanted: Budget) -> Allocation:
+        return Allocate(wanted, PALETTE, given, may_keep=may_keep).solve(program)
+
+    if budget == "0.0001nats" and may_keep:
+        assert solved(limits).cost.distortion <= 0.0001
+        return
+    with pytest.raises(BudgetError, match="cannot be kept") as error:
+        solved(limits)
+    text = str(error.value)
+    assert text.count("feasible") > 0 or (budget == "1bit, 0.0001nats" and not may_keep), text
+    for part in text.split("least feasible KL is ")[1:]:
+        kl = Budget.parse(part.split("; ")[0]).kl_nats
+        assert solved(replace(limits, kl_nats=kl)).cost.distortion <= float(kl or 0)
+        with pytest.raises(BudgetError):
+            solved(replace(limits, kl_nats=(kl or 0) * Fraction(99, 100)))
+    for part in text.split("smallest feasible size is ")[1:]:
+        for size in part.split("; ")[0].split(" or "):
+            solved(replace(Budget.parse(size.split(" (")[0]), kl_nats=limits.kl_nats))
+
+
+def test_a_loss_that_nothing_predicts_is_refused() -> None:
+    program = grouped(Attention(), *plain_inputs())
+    relative = Sensitivities(dict.fromkeys("qkvo", 1.0), Loss.RELATIVE_ERROR, 0.02, 0, 256)
+    for given in (None, relative):
+        with pytest.raises(BudgetError, match="give a size"):
+            allocated(program, Allocate(Budget.parse("0.1nats"), PALETTE, given))
 
 
 def test_a_budget_above_the_largest_leaves_the_model_as_it_is_and_says_so() -> None:

@@ -73,7 +73,7 @@ def large_instance(seed: int, linears: int, rates: int) -> tuple[list[Item], int
 def test_a_large_model_is_solved_in_seconds_to_a_small_gap(bits: float) -> None:
     items, weights = large_instance(seed=1, linears=224, rates=27)
     start = time.perf_counter()
-    found = solve(items, Limits(int(bits * weights / 8)))
+    found = solve(items, Limits(int(bits * weights / 8)), relative_gap=1e-6)
     assert time.perf_counter() - start < 5
     assert found.gap <= 1e-6
     assert found.status is Status.OPTIMAL

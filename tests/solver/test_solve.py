@@ -23,7 +23,7 @@ def check(problem: Problem, objective: Resource, rules: Rules, legal: Callable[[
     items, possible, limits = problem
     within = [each.cost for each in possible if legal(each) and keeps(each.cost, limits)]
     try:
-        found = solve(items, limits, objective=objective, rules=rules)
+        found = solve(items, limits, objective=objective, rules=rules, relative_gap=1e-6)
     except InfeasibleError as error:
         assert not within
         check_nearest(problem, legal, error)
@@ -36,7 +36,7 @@ def check(problem: Problem, objective: Resource, rules: Rules, legal: Callable[[
     assert found.lower_bound <= least * (1 + 1e-9)
     assert found.gap == pytest.approx((reached - found.lower_bound) / reached if reached else 0)
     assert found.status is Status.OPTIMAL
-    assert solve(items, limits, objective=objective, rules=rules) == found
+    assert solve(items, limits, objective=objective, rules=rules, relative_gap=1e-6) == found
 
 
 def check_nearest(problem: Problem, legal: Callable[[Possible], bool], error: InfeasibleError) -> None:
@@ -166,6 +166,8 @@ def test_malformed_items_are_refused() -> None:
     for sites, table in [((), (choice,)), (("a", "a"), (choice,)), (("a",), ()), (("a",), (Choice(None, Cost(-1, 0.0)),))]:
         with pytest.raises(SolverError):
             Item(sites, table)
+    with pytest.raises(SolverError, match="nothing"):
+        solve([], Limits())
     with pytest.raises(SolverError, match="occurs twice"):
         solve([Item(("a",), (choice, choice))], Limits())
     with pytest.raises(SolverError, match="2\\^53"):

@@ -1,0 +1,149 @@
+"""Plans: the curve falls, every point keeps its budget, and a compile with the same sensitivities allocates what was planned."""
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qpc
+from qpc.budget import Budget
+from qpc.errors import BudgetError, ModelError, QpcError, UsageError
+from qpc.integrations.matplotlib import check_picture, draw_plan
+from qpc.plan_report import mixture
+from qpc.planner import Plan, Use
+from qpc.report import Report
+from qpc.sensitivity import Loss, Sensitivities
+from tests.families import FAMILIES
+
+RATES = [Fraction(quarter, 4) for quarter in range(8, 20, 2)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return FAMILIES["llama"]().eval()
+
+
+@pytest.fixture(scope="module")
+def felt(model: nn.Module) -> Sensitivities:
+    """Values that differ much, for every linear of the layers."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    draw = torch.randn(len(names), generator=torch.Generator().manual_seed(0))
+    return Sensitivities({name: float(value.exp()) for name, value in zip(names, draw, strict=True)}, Loss.KL, 0.02, 0, 192)
+
+
+@pytest.fixture(scope="module")
+def curve(model: nn.Module, felt: Sensitivities) -> Plan:
+    return qpc.plan(model, RATES, effort="fast", sensitivities=felt)
+
+
+def test_the_curve_falls_and_every_point_keeps_its_budget(curve: Plan) -> None:
+    assert [point.budget for point in curve.points] == [str(Budget.of(rate)) for rate in RATES]
+    for rate, point in zip(RATES, curve.points, strict=True):
+        assert Fraction(8 * point.weight_bytes, curve.weights) <= rate
+        assert point.model_bytes == point.weight_bytes + curve.other_bytes < curve.model_bytes_before
+        assert sum(use.weights for use in point.uses) == curve.weights
+        assert point.solver_gap <= 1e-6
+    for before, after in pairwise(curve.points):
+        assert before.predicted_loss > after.predicted_loss
+        assert before.model_bytes <= after.model_bytes
+
+
+def test_no_point_beats_the_bound_and_no_single_quantizer_beats_a_point(curve: Plan, model: nn.Module, felt: Sensitivities) -> None:
+    for point in (*curve.points, *curve.singles):
+        assert point.predicted_loss > point.bound > 0
+        assert point.decibels is not None and point.decibels > 0
+    some = [single for single in curve.singles if 2 < single.bits_per_weight < 5]
+    assert len(some) > 4
+    same_size = qpc.plan(model, [f"{single.model_bytes}B" for single in some], effort="fast", sensitivities=felt)
+    for single, point in zip(some, same_size.points, strict=True):
+        assert point.predicted_loss <= single.predicted_loss * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("budget", ["3.25", "2.5nats", "120kB", "4bit, 1.5nats"])
+def test_a_compile_allocates_what_was_planned(model: nn.Module, felt: Sensitivities, budget: str) -> None:
+    planned = qpc.plan(model, [budget], effort="fast", sensitivities=felt)
+    made = qpc.report_of(qpc.compile(model, budget, effort="fast", sensitivities=felt, calibration=None))
+    assert planned.report is not None
+    (point,) = planned.points
+
+    def decided(report: Report) -> list[tuple[object, ...]]:
+        return [(row.name, row.quantizer, row.weight_bytes, row.group, row.sensitivity) for row in report.rows]
+
+    assert decided(planned.report) == decided(made)
+    assert point.model_bytes == planned.report.model_bytes == made.model_bytes
+    assert planned.model_bytes_before == made.model_bytes_before
+    assert planned.report.predicted_loss == pytest.approx(point.predicted_loss)
+    assert made.predicted_loss == pytest.approx(point.predicted_loss, rel=0.3), "the tiny weights are not quite Gaussian"
+    assert planned.report.calibration is None and planned.report.solver_gap == made.solver_gap
+
+
+def test_embeddings_count_with_their_packed_size(model: nn.Module, felt: Sensitivities) -> None:
+    plain, packed = (qpc.plan(model, [3], effort="fast", sensitivities=felt, embeddings=bits) for bits in (None, 4))
+    made = qpc.report_of(qpc.compile(model, 3, effort="fast", sensitivities=felt, embeddings=4, calibration=None))
+    assert packed.points[0].model_bytes == made.model_bytes < plain.points[0].model_bytes
+    assert packed.points[0].weight_bytes == plain.points[0].weight_bytes
+
+
+def test_a_smaller_loss_takes_a_larger_model(model: nn.Module, felt: Sensitivities) -> None:
+    limits = [Fraction(1, 1), Fraction(1, 3), Fraction(1, 10)]
+    points = qpc.plan(model, [Budget(kl_nats=limit) for limit in limits], effort="fast", sensitivities=felt).points
+    for limit, point in zip(limits, points, strict=True):
+        assert 0.8 * limit < point.predicted_loss <= limit
+    assert points[0].model_bytes < points[1].model_bytes < points[2].model_bytes
+
+
+def test_the_model_is_left_as_it_is(felt: Sensitivities) -> None:
+    model = FAMILIES["llama"]().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qpc.plan(model, [3], effort="fast", sensitivities=felt, embeddings=4)
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_what_cannot_be_planned(model: nn.Module, felt: Sensitivities) -> None:
+    for budgets, options, error, words in (
+        ([], {}, BudgetError, "one budget or more"),
+        ([3, 0.5], {}, BudgetError, "smallest feasible"),
+        ([3], {"exclude": ["*"]}, ModelError, "no linear layers"),
+        ([3], {"effort": "heroic"}, QpcError, "heroic"),
+        ([3], {"sensitivities": Sensitivities({}, Loss.KL, 0.02, 0, 1)}, ModelError, "no value for"),
+    ):
+        with pytest.raises(error, match=words):
+            qpc.plan(model, budgets, **{"effort": "fast", "sensitivities": felt} | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_picture_is_drawn(curve: Plan, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"curve{suffix}"
+    check_picture(path)
+    draw_plan(curve, path, "tiny")
+    assert path.stat().st_size > 5000
+
+
+def test_where_no_picture_can_be_drawn(curve: Plan, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for path in (tmp_path / "curve.bmp", tmp_path / "none" / "curve.png"):
+        with pytest.raises(UsageError, match=r"curve\.bmp|none"):
+            check_picture(path)
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        draw_plan(curve, tmp_path / "taken.png", "tiny")
+
+
+def test_a_plan_is_json(curve: Plan) -> None:
+    value = json.loads(json.dumps(curve.to_json(), allow_nan=False))
+    assert [point["budget"] for point in value["points"]] == [point.budget for point in curve.points]
+    assert (value["loss"], value["effort"], value["report"]) == ("kl", "fast", None)
+
+
+def test_mixtures_in_words() -> None:
+    low, high, kept = Use("a", 2.25, 3, 30), Use("b", 4.0, 1, 50), Use(None, None, 2, 20)
+    assert mixture((low, high)) == "2.25 to 4, mostly 4 (62%)"
+    assert mixture((low, high, kept)) == "2.25 to 4, mostly 4 (50%); 2 as they are"
+    assert mixture((low,)) == "2.25"
+    assert mixture((kept,)) == "2 as they are"
