@@ -4,11 +4,12 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qpc.budget import Budget
+from qpc.budget import PS_PER_S, Budget
 from qpc.calibration import Calibration, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
@@ -19,6 +20,7 @@ from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule, tie
+from qpc.latency import LatencyModel, latency_of
 from qpc.passes.allocate import Allocate
 from qpc.passes.base import Pass
 from qpc.passes.canonicalize import Canonicalize
@@ -28,11 +30,13 @@ from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
+from qpc.passes.timed_items import Timing
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Sensitivities, check_finite
 from qpc.sensitivity_cache import estimated
+from qpc.solver import Allocation
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Options:
         divides it. None is no limit.
     embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
+    latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
+        predicted where the budget names none.
 
     Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
     """
@@ -59,8 +65,12 @@ class Options:
     rotation_block: int | None = None
     embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
+    latency: LatencyModel | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SettingsError(f"batch={self.batch} must be positive")
         if self.embeddings is not None:
             default_palette(self.effort).at(self.embeddings)
         if self.rotation_block is not None and self.rotation_block < 1:
@@ -68,7 +78,15 @@ class Options:
 
     def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
         """The pass that allocates with these options, within any budget."""
-        return Allocate(budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group)
+        return Allocate(
+            budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group, timing=self.timing_within(budget)
+        )
+
+    def timing_within(self, budget: Budget) -> Timing | None:
+        """How time is counted, at the batch of a budget that limits it."""
+        if self.latency is None:
+            return None
+        return Timing(self.latency, self.batch if budget.latency_ps is None else budget.batch)
 
 
 def compile(
@@ -85,6 +103,8 @@ def compile(
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivities: Sensitivities | None = None,
+    gpu: LatencyModel | Path | str | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> nn.Module:
     """Compress the linears of `model` to a budget, with the least predicted loss.
@@ -92,11 +112,15 @@ def compile(
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
-        KL that the smallest model may have (`"0.1nats"`), several (`"4bit, 0.1nats"`), or a `Budget`.
+        KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
+        `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
     sensitivities: as estimated before; by default they are estimated without data.
+    gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
+        `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
+        time that is predicted, where the budget limits none.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
@@ -110,6 +134,8 @@ def compile(
         rotation_block,
         parse_rate(embeddings),
         parse_calibration(calibration, tokenizer=tokenizer),
+        latency_for(gpu, Budget.of(budget)),
+        batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline(lowering(program)).run(program)
@@ -186,6 +212,13 @@ def prepare(program: Program, options: Options, sensitivities: Sensitivities | N
 def lowering(program: Program) -> tuple[Pass, ...]:
     """The passes from QUANTIZED to LOWERED."""
     return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
+
+
+def latency_for(gpu: LatencyModel | Path | str | None, *budgets: Budget) -> LatencyModel | None:
+    """The latency model of a GPU that is given, else of this machine's if a budget limits a time. Raises `ProfileError`."""
+    if gpu is None and all(budget.latency_ps is None for budget in budgets):
+        return None
+    return latency_of(gpu)
 
 
 def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
@@ -278,6 +311,8 @@ def make_report(program: Program, options: Options) -> Report:
     packed = {note.site.weight: note for note in decisions.values() if note.quantizer is not None and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
     saved += sum(program.tensor(weight).nbytes - table.packed.nbytes for weight, table in program.tables.items())
+    timing, allocation = options.timing_within(options.budget), program.allocation
+    assert isinstance(allocation, Allocation), "the pass leaves it"
     predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())
     return Report(
         rows=tuple(rows),
@@ -289,7 +324,10 @@ def make_report(program: Program, options: Options) -> Report:
         model_bytes=before - saved,
         model_bytes_before=before,
         predicted_loss=predicted,
-        solver_gap=getattr(program.allocation, "gap", None),
+        solver_gap=allocation.gap,
+        gpu=None if timing is None else timing.model.title,
+        batch=None if timing is None else timing.batch,
+        latency_s=None if timing is None else allocation.cost.latency_ps / PS_PER_S,
     )
 
 

@@ -26,6 +26,11 @@ class LatencyModel(ABC):
     Times never fall when a matrix gets more rows or columns, or a quantizer of the same family a higher rate.
     """
 
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The GPU, and where its times come from, in words."""
+
     @abstractmethod
     def multiplication(self, shape: LinearShape, quantizer: Quantizer | None, batch: int) -> Latency:
         """One product of `batch` rows of activations, transformed if need be, with a weight read from memory.

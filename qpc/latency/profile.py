@@ -85,6 +85,11 @@ class Profile(LatencyModel):
         transform = None if known is None else Lattice.fit(known, (False, True), launch_ps)
         return Profile(gpus[0], launch_ps, round(heads[0].number("read_gb_s") * 10**9), fitted, transform)
 
+    @property
+    def title(self) -> str:
+        """The GPU as CUDA names it."""
+        return f"{self.gpu}, measured"
+
     def multiplication(self, shape: LinearShape, quantizer: Quantizer | None, batch: int) -> Latency:
         """Interpolated. Raises `ProfileError` for a family or a batch outside the table."""
         family, rate = (BFLOAT16, Fraction(16)) if quantizer is None else (quantizer.family, quantizer.rate)

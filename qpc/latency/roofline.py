@@ -32,6 +32,11 @@ class Roofline(LatencyModel):
             if value is not None and value <= 0:
                 raise ProfileError(f"a roofline needs a positive {name}, got {value}")
 
+    @property
+    def title(self) -> str:
+        """The GPU, and that nothing was measured."""
+        return f"{self.name}, roofline"
+
     def multiplication(self, shape: LinearShape, quantizer: Quantizer | None, batch: int) -> Latency:
         """Launch, and the longer of reading (weight once, activations in, results out) and decoding. Rounded up."""
         rows, columns = shape.out_features, shape.in_features

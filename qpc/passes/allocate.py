@@ -25,6 +25,9 @@ from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, Rule
 RELATIVE_GAP = 1e-6
 """Of the predicted loss, within a limit of bytes."""
 
+TIMED_GAP = 1e-4
+"""Of the predicted loss, within a limit of time, where groups and quantizers are chosen together."""
+
 SIZE_GAP = 1e-4
 """Of the bytes of the smallest model within a predicted loss: on SmolLM2-135M, 1e-5 takes ten seconds more and finds no smaller one."""
 
@@ -40,9 +43,9 @@ class Allocate(Pass):
 
     budget: None is no limit. sensitivities: None takes all linears for equally sensitive. same_quantizer_in_group: give all members of
     a legal group the same quantizer. may_keep: let a linear stay as it is where the budget allows it, or quantizing would not make it
-    smaller. timing: count time too, keep its limit, and take groups as the solver chooses them; None counts no time.
+    smaller. timing: count time too, and take groups as the solver chooses them; None counts no time.
 
-    Raises `BudgetError` that names the nearest feasible budgets, or if the budget limits a KL that nothing predicts, and
+    Raises `BudgetError` that names the nearest feasible budgets, or if the budget limits a KL or a time that nothing predicts, and
     `ModelError` if there is nothing to allocate or a sensitivity is missing.
     """
 
@@ -58,9 +61,9 @@ class Allocate(Pass):
     timing: Timing | None = None
 
     @staticmethod
-    def uniform(quantizer: Quantizer, sensitivities: Sensitivities | None = None) -> "Allocate":
+    def uniform(quantizer: Quantizer, sensitivities: Sensitivities | None = None, timing: Timing | None = None) -> "Allocate":
         """The same quantizer for every linear: what mixed allocations are compared with."""
-        return Allocate(None, Palette((quantizer,)), sensitivities, may_keep=False)
+        return Allocate(None, Palette((quantizer,)), sensitivities, may_keep=False, timing=timing)
 
     def run(self, program: Program) -> PassResult:
         places, weights = _places(program), self.weights(program)
@@ -93,21 +96,31 @@ class Allocate(Pass):
     def solve(self, program: Program) -> Allocation:
         """The allocation alone; the program stays as it is."""
         (items, rules), weights = self._items(program), self.weights(program)
-        limit_ps = None if self.timing is None else self.timing.limit_ps
         if self.budget is None:
-            return solve(items, Limits(latency_ps=limit_ps), rules=rules)
+            return solve(items, Limits(), rules=rules)
         if self.budget.loss is not None and (self.sensitivities is None or self.sensitivities.loss is not Loss.KL):
             reason = "only the sensitivities of a language model predict a KL; give a size instead"
             raise BudgetError(f"budget {self.budget}: {reason}")
+        if self.budget.latency_ps is not None and (self.timing is None or self.timing.batch != self.budget.batch):
+            raise BudgetError(f"budget {self.budget}: only the latency model of a GPU at batch {self.budget.batch} predicts its time")
         count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
-        limits = Limits(weight_bytes=self.budget.weight_bytes(count, other), latency_ps=limit_ps, loss=self.budget.loss)
+        limits = Limits(self.budget.weight_bytes(count, other), self.budget.latency_ps, self.budget.loss)
         try:
             if limits.loss is None:
-                return solve(items, limits, rules=rules, relative_gap=RELATIVE_GAP)
+                gap = RELATIVE_GAP if limits.latency_ps is None else TIMED_GAP
+                return solve(items, limits, rules=rules, relative_gap=gap)
             return solve(items, limits, objective=Resource.BYTES, rules=rules, relative_gap=SIZE_GAP)
         except InfeasibleError as error:
-            size, kl = error.nearest.get(Resource.BYTES), error.nearest.get(Resource.LOSS)
-            raise self.budget.refusal(count, other, least_bytes=None if size is None else int(size), least_kl=kl) from error
+            least = error.nearest or error.alone
+            size, kl, ps = (least.get(resource) for resource in (Resource.BYTES, Resource.LOSS, Resource.LATENCY))
+            raise self.budget.refusal(
+                count,
+                other,
+                least_bytes=None if size is None else int(size),
+                least_kl=kl,
+                least_ps=None if ps is None else int(ps),
+                apart=not error.nearest,
+            ) from error
 
     def _weight(self, program: Program, site: LinearSite) -> Weight:
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None

@@ -16,15 +16,14 @@ from qpc.solver import Item
 
 @dataclass(frozen=True)
 class Timing:
-    """How an allocation counts time, and how much of it there is.
+    """How an allocation counts time.
 
-    model: times of the GPU. batch: rows of activations of one step. limit_ps: largest time of all linears in one step [ps]; None is no
-    limit. fuse: choose the groups together with the quantizers; else linears are timed one by one, and fused where they happen to agree.
+    model: times of the GPU. batch: rows of activations of one step. fuse: choose the groups together with the quantizers; else linears are
+    timed one by one, and fused where they happen to agree.
     """
 
     model: LatencyModel
     batch: int = 1
-    limit_ps: int | None = None
     fuse: bool = True
 
     def items(
