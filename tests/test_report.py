@@ -42,6 +42,9 @@ reports = st.builds(
     model_bytes_before=st.integers(0, 10**13),
     predicted_loss=st.none() | finite,
     solver_gap=st.none() | finite,
+    gpu=st.none() | words,
+    batch=st.none() | st.integers(1, 64),
+    latency_s=st.none() | finite,
 )
 
 
