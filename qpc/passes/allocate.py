@@ -1,7 +1,7 @@
 """Allocate: which quantizer for which linear, and which of the legal groups become one kernel."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -25,8 +25,9 @@ from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, Rule
 RELATIVE_GAP = 1e-6
 """Of the predicted loss, within a limit of bytes."""
 
-TIMED_GAP = 1e-4
-"""Of the predicted loss, within a limit of time, where groups and quantizers are chosen together."""
+TIMED_GAP = 5e-4
+"""Of either, within a limit of time, where groups and quantizers are chosen together: on the shapes of Llama-3.1-8B, a quarter of a second;
+1e-4 can take the ten seconds of the solver and not be proven."""
 
 SIZE_GAP = 1e-4
 """Of the bytes of the smallest model within a predicted loss: on SmolLM2-135M, 1e-5 takes ten seconds more and finds no smaller one."""
@@ -43,7 +44,7 @@ class Allocate(Pass):
 
     budget: None is no limit. sensitivities: None takes all linears for equally sensitive. same_quantizer_in_group: give all members of
     a legal group the same quantizer. may_keep: let a linear stay as it is where the budget allows it, or quantizing would not make it
-    smaller. timing: count time too, and take groups as the solver chooses them; None counts no time.
+    smaller. timing: fuse what takes the least time; if the budget limits it, choose groups and quantizers together. None counts no time.
 
     Raises `BudgetError` that names the nearest feasible budgets, or if the budget limits a KL or a time that nothing predicts, and
     `ModelError` if there is nothing to allocate or a sensitivity is missing.
@@ -95,6 +96,10 @@ class Allocate(Pass):
 
     def solve(self, program: Program) -> Allocation:
         """The allocation alone; the program stays as it is."""
+        found = self._within_budget(program)
+        return found if self.timing is None else self._fastest(program, self.timing, found)
+
+    def _within_budget(self, program: Program) -> Allocation:
         (items, rules), weights = self._items(program), self.weights(program)
         if self.budget is None:
             return solve(items, Limits(), rules=rules)
@@ -106,10 +111,10 @@ class Allocate(Pass):
         count, other = sum(weight.shape.weights for weight in weights.values()), other_bytes(program, weights)
         limits = Limits(self.budget.weight_bytes(count, other), self.budget.latency_ps, self.budget.loss)
         try:
-            if limits.loss is None:
-                gap = RELATIVE_GAP if limits.latency_ps is None else TIMED_GAP
-                return solve(items, limits, rules=rules, relative_gap=gap)
-            return solve(items, limits, objective=Resource.BYTES, rules=rules, relative_gap=SIZE_GAP)
+            objective = Resource.LOSS if limits.loss is None else Resource.BYTES
+            untimed = RELATIVE_GAP if objective is Resource.LOSS else SIZE_GAP
+            gap = untimed if limits.latency_ps is None else TIMED_GAP
+            return solve(items, limits, objective=objective, rules=rules, relative_gap=gap)
         except InfeasibleError as error:
             least = error.nearest or error.alone
             size, kl, ps = (least.get(resource) for resource in (Resource.BYTES, Resource.LOSS, Resource.LATENCY))
@@ -121,6 +126,15 @@ class Allocate(Pass):
                 least_ps=None if ps is None else int(ps),
                 apart=not error.nearest,
             ) from error
+
+    def _fastest(self, program: Program, timing: Timing, found: Allocation) -> Allocation:
+        """The same quantizers in the groups that take the least time, and what they take."""
+        places = [(place.site, place.group) for place in _places(program)]
+        used = [quantizer for quantizer in dict.fromkeys(found.choices.values()) if quantizer is not None]
+        items = timing.items(places, self.weights(program), used, tied=True, fuse=True)
+        rules = Rules(allowed={site: (quantizer,) for site, quantizer in found.choices.items()})
+        fastest = solve(items, Limits(), objective=Resource.LATENCY, rules=rules)
+        return replace(found, groups=fastest.groups, cost=fastest.cost)
 
     def _weight(self, program: Program, site: LinearSite) -> Weight:
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
@@ -137,10 +151,10 @@ class Allocate(Pass):
             names.setdefault(place.site.weight, {})[place.site.name] = None
         clusters = self._clusters(places)
         sites = [tuple(name for weight in cluster for name in names[weight]) for cluster in clusters]
-        if self.timing is not None:
-            timed = [(place.site, place.group) for place in places]
-            items = self.timing.items(timed, weights, self.palette, self.same_quantizer_in_group)
-            return items, Rules(alike=sites if self.same_quantizer_in_group else ())
+        if self.timing is not None and self.budget is not None and self.budget.latency_ps is not None:
+            timed, tied = [(place.site, place.group) for place in places], self.same_quantizer_in_group
+            items = self.timing.items(timed, weights, self.palette.quantizers, tied=tied, fuse=self.timing.fuse)
+            return items, Rules(alike=sites if tied else ())
         tables = (choices([weights[weight] for weight in cluster], self.palette.quantizers) for cluster in clusters)
         return [Item(*each) for each in zip(sites, tables, strict=True)], Rules()
 
@@ -186,8 +200,8 @@ class Allocate(Pass):
         return chosen
 
     def _parts(self, group: FusionGroup, found: Allocation) -> list[tuple[str, ...]]:
-        """Members that go together: those that the solver took as one if it chose groups, else those with the same quantizer."""
-        if self.timing is not None and self.timing.fuse:
+        """Members that go together: those that take the least time so if times are known, else those with the same quantizer."""
+        if self.timing is not None:
             taken = {site: sites for sites in found.groups for site in sites if set(sites) <= set(group.members)}
             return list(dict.fromkeys(taken.get(member, (member,)) for member in group.members))
         alike: dict[Quantizer | None, tuple[str, ...]] = {}

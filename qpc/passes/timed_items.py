@@ -9,7 +9,6 @@ from qpc.ir.annotation import FusionGroup, LinearShape, LinearSite
 from qpc.latency import Latency, LatencyModel
 from qpc.passes.fusion import candidates
 from qpc.quant.layout import BLOCK_ROWS
-from qpc.quant.palette import Palette
 from qpc.quant.quantizer import Quantizer
 from qpc.solver import Item
 
@@ -18,8 +17,8 @@ from qpc.solver import Item
 class Timing:
     """How an allocation counts time.
 
-    model: times of the GPU. batch: rows of activations of one step. fuse: choose the groups together with the quantizers; else linears are
-    timed one by one, and fused where they happen to agree.
+    model: times of the GPU. batch: rows of activations of one step. fuse: choose groups together with the quantizers within a limit of
+    time; else the limit is kept by linears one by one, and those that happen to agree are fused afterwards.
     """
 
     model: LatencyModel
@@ -27,28 +26,35 @@ class Timing:
     fuse: bool = True
 
     def items(
-        self, places: Sequence[tuple[LinearSite, FusionGroup]], weights: Mapping[str, Weight], palette: Palette, alike: bool
+        self,
+        places: Sequence[tuple[LinearSite, FusionGroup]],
+        weights: Mapping[str, Weight],
+        quantizers: Sequence[Quantizer],
+        *,
+        tied: bool,
+        fuse: bool,
     ) -> list[Item]:
         """The items of a model.
 
-        places: each application of a linear, with its largest legal group. weights: under their names. alike: linears will be tied to one
-        quantizer, so that a choice may be the best of all though another beats it for one linear; else those are left out.
+        places: each application of a linear, with its largest legal group. weights: under their names. tied: linears will be tied to one
+        quantizer, so that a choice may be the best of all though another beats it for one linear; else those are left out. fuse: with the
+        groups.
 
         A weight that is applied several times is an item of its own, which takes the time of them all, and is never fused. Raises
-        `ProfileError` if the model has no times for a quantizer of the palette.
+        `ProfileError` if the model has no times for a quantizer.
         """
         latency = cache(self.latency)
 
         def table(stored: Sequence[Weight], times: int = 1) -> tuple[Choice, ...]:
             shapes = tuple(weight.shape for weight in stored)
-            found = possible(stored, palette.quantizers, lambda quantizer: times * latency(shapes, quantizer).ps)
-            return found if alike else undominated(found)
+            found = possible(stored, quantizers, lambda quantizer: times * latency(shapes, quantizer).ps)
+            return found if tied else undominated(found)
 
         applied: dict[str, list[str]] = {}
         for site, _ in places:
             applied.setdefault(site.weight, []).append(site.name)
         items = [Item(tuple(dict.fromkeys(names)), table([weights[weight]], len(names))) for weight, names in applied.items()]
-        if not self.fuse:
+        if not fuse:
             return items
         once = {names[0]: weight for weight, names in applied.items() if len(names) == 1}
         for group in dict.fromkeys(group for _, group in places):

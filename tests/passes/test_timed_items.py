@@ -90,6 +90,22 @@ def test_fusing_with_the_choice_is_never_worse_than_after_it(weights: list[int],
     assert losses[0] <= losses[1] * (1 + TIMED_GAP)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_times_do_not_change_an_allocation_that_they_do_not_limit(same: bool) -> None:
+    given_ = sensitivities(q=0.3, k=0.3, v=9.0, o=1.0)
+    for budget in (None, Budget.of(4), Budget.parse("4bit, 2nats")):
+        timed, untimed = program(), program()
+        sites = allocated(timed, Allocate(budget, PALETTE, given_, same, timing=Timing(ROOFLINE)))
+        assert {name: found.quantizer for name, found in sites.items()} == {
+            name: found.quantizer for name, found in allocated(untimed, Allocate(budget, PALETTE, given_, same)).items()
+        }
+        assert isinstance(timed.allocation, Allocation)
+        chosen = {name: found.quantizer for name, found in sites.items() if found.quantizer}
+        if len(chosen) == len(SHAPES):
+            least = min(time(ROOFLINE, groups, chosen) for groups in partitions() if all(len({chosen[s] for s in g}) == 1 for g in groups))
+            assert timed.allocation.cost.latency_ps == least
+
+
 def test_launches_alone_can_decide() -> None:
     """Where there is no time for three launches, the group runs as one."""
     limit_ps = time(ROOFLINE, [("q", "k", "v"), ("o",)], dict.fromkeys(SHAPES, ToyQuantizer(3)))
