@@ -18,7 +18,7 @@ def points_table(plan: Plan) -> RenderableType:
     for title in ("bits", "model", loss_title(plan.loss), "above bound", "gap"):
         table.add_column(title, justify="right", no_wrap=True)
     if plan.gpu is not None:
-        table.add_column("linears", justify="right", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
     table.add_column("bits of the quantizers")
     for point in plan.points:
         table.add_row(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpc.budget import Budget
 from qpc.errors import UsageError
 from qpc.planner import Plan, Point
 from qpc.sensitivity import Loss
@@ -37,16 +38,18 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
     figure = Figure(figsize=(7 if plan.gpu is None else 11.5, 4.2), layout="constrained")
     size_axes, *time_axes = figure.subplots(1, 1 if plan.gpu is None else 2, sharey=True, squeeze=False)[0]
     by_size = _unit(plan.model_bytes_before, "size of the checkpoint", {"GB": 1e9, "MB": 1e6, "kB": 1e3}, lambda point: point.model_bytes)
-    _draw(size_axes, plan, by_size)
+    for_time = all(Budget.parse(point.budget).latency_ps is not None for point in plan.points)
+    _draw(size_axes, plan, by_size, "plan, chosen for its time" if for_time else "plan")
     for axes in time_axes:
         longest = max(point.latency_s or 0.0 for point in plan.points)
         batch = plan.points[0].batch
-        what = f"time of these linears at batch {batch}, {plan.gpu}"
-        _draw(axes, plan, _unit(longest, what, {"ms": 1e-3, "us": 1e-6}, lambda point: point.latency_s or 0.0), bound=False)
+        by_time = _unit(
+            longest, f"time of the linears at batch {batch}, {plan.gpu}", {"ms": 1e-3, "us": 1e-6}, lambda point: point.latency_s or 0.0
+        )
+        _draw(axes, plan, by_time, "plan" if for_time else "plan, chosen for its size", bound=False)
     loss = "predicted KL, nats per token" if plan.loss is Loss.KL else "predicted relative error of the output"
     size_axes.set(yscale="log", ylabel=loss)
     size_axes.set_title(f"{title}, without error feedback", loc="left", fontsize=10.5)
-    size_axes.legend(frameon=False)
 
     def to_bits(size: Any) -> Any:
         return 8 * (size * by_size.unit - plan.other_bytes) / plan.weights
@@ -82,17 +85,22 @@ def _unit(largest: float, what: str, units: Mapping[str, float], of: Callable[[P
     return _Abscissa(f"{what}, {name}", units[name], of)
 
 
-def _draw(axes: Any, plan: Plan, x: _Abscissa, bound: bool = True) -> None:
-    """The curves of a plan. bound: with that of ideal quantizers, which have a size but no time."""
+def _draw(axes: Any, plan: Plan, x: _Abscissa, label: str, bound: bool = True) -> None:
+    """The curves of a plan. bound: with that of ideal quantizers, which have a size but no time.
+
+    Points that were not chosen along this axis need not fall along it; they are not joined then.
+    """
     points = sorted((point for point in plan.points if point.predicted_loss > 0), key=x.of)
     places, losses = x.curve(points)
     if bound:
         axes.plot(places, [point.bound for point in points], "--", color="#8d8d8d", linewidth=1.4, label="bound: ideal Gaussian quantizers")
     axes.plot(*x.curve(_within(plan.singles, points, x)), "s", color="#78a9ff", markersize=5, label="one quantizer for all linears")
-    axes.plot(places, losses, "o-", color="#0f62fe", markersize=4.5, linewidth=1.8, label="plan")
+    line = "o-" if losses == sorted(losses, reverse=True) else "o"
+    axes.plot(places, losses, line, color="#0f62fe", markersize=4.5, linewidth=1.8, label=label)
     axes.set_xlabel(x.label)
     axes.grid(which="major", alpha=0.25)
     axes.spines[["right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def _within(singles: Sequence[Point], points: Sequence[Point], x: _Abscissa) -> list[Point]:
