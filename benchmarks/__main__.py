@@ -18,6 +18,7 @@ BENCHMARKS = {
     "prefill": "linears of 2,048 tokens on a GPU, and decoding of weights",
     "transform": "rotation of activations on a GPU, and RMSNorm",
     "profile": "the latency table of a GPU",
+    "layer": "the linears of a decoder layer on a GPU, predicted from such a table and measured",
     "report": "a Markdown report and plots from the result files of a GPU",
 }
 

@@ -133,8 +133,9 @@ def _transform(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Pat
 def _profile(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Path) -> Iterator[str]:
     yield "## Latency table"
     yield ""
-    shapes = {shape_of(row) for row in rows}
-    rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows}))
+    linears = [row for row in rows if "transform" not in row]
+    shapes = {shape_of(row) for row in linears}
+    rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in linears}))
     yield f"`profile.json`: {len(rows)} times of {len(shapes)} shapes at {rates} bits. One launch takes {head['launch_us']:.2f} us."
     yield from _failures(rows)
 
