@@ -11,6 +11,7 @@ from benchmarks.rows import BenchmarkError
 BENCHMARKS = {
     "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
     "allocation": "time and gap of the solver on the shapes of whole models",
+    "fusion": "loss within a time, with and without choosing what runs as one",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
     "check": "every kernel of a GPU against its oracle",

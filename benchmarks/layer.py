@@ -2,8 +2,8 @@
 
 On the GPU that the latency table is of. One call is all launches of a layer in their order: transforms, and multiplications by weights that
 come from memory. Columns of a row: bits of query, key and value / output / gate and up / down; fused, whether linears of one input run as
-one; batch; us, us_p20, us_p80 of the layer; predicted_us, the sum that a budget in seconds counts; off, by how much the prediction is longer
-than what was measured; estimates, how many of its parts do not lie between measured times. Fails if a table is off by more than 5 %.
+one; batch; us, us_p20, us_p80 of the layer; predicted_us, the sum that a budget in seconds counts; off, by how much that is longer than the
+measured time; estimates, how many of its parts do not lie between measured ones. Fails if a table is off by more than 5 %.
 """
 
 from collections.abc import Callable, Iterator, Sequence
