@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.adapters import OPERANDS, multiplications, rotate_operand, rotation
-from benchmarks.plan import Run, failure, options_of, require_all
+from benchmarks.plan import Run, compile_ahead, failure, options_of, require_all
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import EXACT, Checked, check, copies_for, time_calls
 from benchmarks.weights import GROUPS, Shape, activations, random_weights, stacked, weight_bytes
@@ -68,7 +68,9 @@ def main(arguments: list[str]) -> None:
     except ProfileError as error:
         raise BenchmarkError(str(error)) from error
     print(f"predicted for {model.title}", flush=True)
-    rows = run.record(measure(run, model, QUICK_MIXTURES if options.quick else MIXTURES), show)
+    mixtures = QUICK_MIXTURES if options.quick else MIXTURES
+    compile_ahead(jobs_of(mixtures))
+    rows = run.record(measure(run, model, mixtures), show)
     require_all(rows)
     worst = max(rows, key=lambda row: abs(row["off"]))
     print(f"the worst of {len(rows)} predictions is off by {worst['off']:+.1%}")
@@ -91,6 +93,15 @@ def measure(run: Run, model: LatencyModel, mixtures: Sequence[Sequence[str]]) ->
                 except Exception as error:
                     row |= failure(error)
                 yield row
+
+
+def jobs_of(mixtures: Sequence[Sequence[str]]) -> list[tuple[Quantizer, tuple[Shape, ...], int]]:
+    """Everything that is multiplied, for `compile_ahead`."""
+    shapes: dict[Quantizer, dict[Shape, None]] = {}
+    for mixture in mixtures:
+        for linear in (*linears_of(mixture, fused=True), *linears_of(mixture, fused=False)):
+            shapes.setdefault(linear.quantizer, {})[linear.shape] = None
+    return [(quantizer, tuple(found), batch) for quantizer, found in shapes.items() for batch in BATCHES]
 
 
 def linears_of(mixture: Sequence[str], fused: bool) -> list[Linear]:
