@@ -56,6 +56,17 @@ def full(us: Callable[[float, int, int], float] = ideal_us) -> list[Row]:
     return found + [transform(batch, columns, 1.5 + columns / 2**16) for batch in BATCHES for columns in COLUMNS]
 
 
+def of_palette() -> list[Row]:
+    """Rows for every family of the default palette and what stays as it is, over the shapes of tiny models."""
+    rates = {"trellis": (1.0, 3.0, 6.0), "scalar": (6.0, 8.0), "bf16": (16.0,)}
+    found = [
+        multiplication(family, rate, batch, rows, columns, 1.0 + rate * rows * columns / 2**14)
+        for family in rates
+        for rate, batch, rows, columns in itertools.product(rates[family], BATCHES, (32, 128, 512), (64, 128))
+    ]
+    return found + [transform(batch, columns, 1.0) for batch in BATCHES for columns in (64, 128)]
+
+
 @st.composite
 def noisy(draw: st.DrawFn, gaps: bool = True) -> list[Row]:
     """Rows whose times are off by up to a third, with some rows missing."""
