@@ -71,7 +71,7 @@ class Allocate(Pass):
         found = self.solve(program)
         remarks = self._kept(places, weights, found)
         if self.timing is not None:
-            remarks += self._estimates(self.timing, places, found)
+            remarks += self._estimates(self.timing, places, weights, found)
         fused = {group: self._fuse(group, found, remarks) for group in dict.fromkeys(place.group for place in places)}
         for place in places:
             quantizer, weight = found.choices[place.site.name], weights[place.site.weight]
@@ -209,13 +209,13 @@ class Allocate(Pass):
             alike[found.choices[member]] = (*alike.get(found.choices[member], ()), member)
         return list(alike.values())
 
-    def _estimates(self, timing: Timing, places: "Sequence[_Place]", found: Allocation) -> list[Remark]:
+    def _estimates(self, timing: Timing, places: "Sequence[_Place]", weights: Mapping[str, Weight], found: Allocation) -> list[Remark]:
         """Which of the times were not measured."""
-        sites = {place.site.name: place.site for place in places}
+        parameters = {place.site.name: place.site.weight for place in places}
         reasons: dict[str, list[str]] = {}
         for names in found.groups:
-            shapes = tuple({sites[name].weight: sites[name].shape for name in names}.values())
-            for reason in timing.latency(shapes, found.choices[names[0]]).estimates:
+            stored = [weights[parameter] for parameter in dict.fromkeys(parameters[name] for name in names)]
+            for reason in timing.latency(stored, found.choices[names[0]]).estimates:
                 reasons.setdefault(reason, []).append(", ".join(names))
         subjects = {reason: first if not more else f"{first} and {len(more)} more" for reason, (first, *more) in reasons.items()}
         return [self.declined(subject, f"its time is an estimate: {reason}") for reason, subject in subjects.items()]

@@ -1,16 +1,18 @@
 """What the solver may choose from when time counts: every linear by itself, and every group that may run as one kernel."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from qpc.cost import Choice, Weight, possible, undominated
-from qpc.ir.annotation import FusionGroup, LinearShape, LinearSite
+from qpc.ir.annotation import FusionGroup, LinearSite
 from qpc.latency import Latency, LatencyModel
 from qpc.passes.fusion import candidates
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import Quantizer
 from qpc.solver import Item
+
+BFLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Timing:
         latency = cache(self.latency)
 
         def table(stored: Sequence[Weight], times: int = 1) -> tuple[Choice, ...]:
-            shapes = tuple(weight.shape for weight in stored)
-            found = possible(stored, quantizers, lambda quantizer: times * latency(shapes, quantizer).ps)
+            alike = tuple(replace(weight, sensitivity=1.0) for weight in stored)
+            found = possible(stored, quantizers, lambda quantizer: times * latency(alike, quantizer).ps)
             return found if tied else undominated(found)
 
         applied: dict[str, list[str]] = {}
@@ -64,9 +66,15 @@ class Timing:
                     items.append(Item(legal.members, offered))
         return items
 
-    def latency(self, shapes: tuple[LinearShape, ...], quantizer: Quantizer | None) -> Latency:
-        """Of linears that run as one."""
-        return self.model.group(shapes, quantizer, self.batch)
+    def latency(self, stored: Sequence[Weight], quantizer: Quantizer | None) -> Latency:
+        """Of linears that run as one; of those that stay as they are in bfloat16, or as much longer as they have more bytes."""
+        found = self.model.group(tuple(weight.shape for weight in stored), quantizer, self.batch)
+        kept = sum(weight.kept_bytes or 0 for weight in stored)
+        in_bfloat16 = BFLOAT16_BYTES * sum(weight.shape.weights for weight in stored)
+        if quantizer is not None or kept <= in_bfloat16:
+            return found
+        reason = f"{kept / in_bfloat16:g} times the bytes of bfloat16 count as so many times its time"
+        return Latency(-(-found.ps * kept // in_bfloat16), (*found.estimates, reason))
 
 
 def fusible(group: FusionGroup) -> Iterator[FusionGroup]:

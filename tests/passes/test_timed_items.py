@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpc.budget import Budget
+from qpc.cost import Weight
 from qpc.errors import BudgetError
 from qpc.ir.annotation import FusionGroup, LinearShape
 from qpc.ir.program import Program
@@ -104,6 +105,15 @@ def test_times_do_not_change_an_allocation_that_they_do_not_limit(same: bool) ->
         if len(chosen) == len(SHAPES):
             least = min(time(ROOFLINE, groups, chosen) for groups in partitions() if all(len({chosen[s] for s in g}) == 1 for g in groups))
             assert timed.allocation.cost.latency_ps == least
+
+
+def test_what_stays_takes_as_much_longer_as_it_has_more_bytes() -> None:
+    shape = LinearShape(64, 256)
+    times = {each: Timing(ROOFLINE).latency([Weight(shape, kept_bytes=each * shape.weights)], None) for each in (1, 2, 4)}
+    assert times[1] == times[2] == ROOFLINE.latency(shape, None, 1)
+    assert times[4].ps == 2 * times[2].ps and len(times[4].estimates) == len(times[2].estimates) + 1
+    quantizer = ToyQuantizer(3)
+    assert Timing(ROOFLINE).latency([Weight(shape, kept_bytes=4 * shape.weights)], quantizer) == ROOFLINE.latency(shape, quantizer, 1)
 
 
 def test_launches_alone_can_decide() -> None:
