@@ -134,7 +134,7 @@ class Allocate(Pass):
         items = timing.items(places, self.weights(program), used, tied=True, fuse=True)
         rules = Rules(allowed={site: (quantizer,) for site, quantizer in found.choices.items()})
         fastest = solve(items, Limits(), objective=Resource.LATENCY, rules=rules)
-        return replace(found, groups=fastest.groups, cost=fastest.cost)
+        return replace(found, groups=fastest.groups, cost=replace(found.cost, latency_ps=fastest.cost.latency_ps))
 
     def _weight(self, program: Program, site: LinearSite) -> Weight:
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
