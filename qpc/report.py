@@ -106,8 +106,11 @@ class Report:
 
     @staticmethod
     def from_json(value: object) -> "Report":
-        """The inverse of `to_json`. Raises `CheckpointError` for a missing, unknown or ill-typed field."""
-        entries = checked(value, REPORT_FIELDS, "report")
+        """The inverse of `to_json`; `TIMES` may be missing, as in earlier reports.
+
+        Raises `CheckpointError` for another missing field, and for an unknown or ill-typed one.
+        """
+        entries = checked(dict.fromkeys(TIMES) | value if isinstance(value, dict) else value, REPORT_FIELDS, "report")
         rows = []
         for index, entry in enumerate(entries["rows"]):
             row = checked(entry, ROW_FIELDS, f"report.rows[{index}]")
@@ -146,6 +149,8 @@ REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "batch": (int, NONE),
     "latency_s": (*NUMBER, NONE),
 }
+TIMES = ("gpu", "batch", "latency_s")
+"""Fields that a report of before they were predicted does not have."""
 assert list(ROW_FIELDS) == [field.name for field in fields(ReportRow)]
 assert list(REPORT_FIELDS) == [field.name for field in fields(Report)]
 
