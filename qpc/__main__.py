@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import qpc
 from qpc.arguments import (
     AsJson,
+    Batch,
     CalibrationSource,
     CalibrationStart,
     CalibrationTokens,
@@ -27,15 +28,16 @@ from qpc.arguments import (
     EffortName,
     EmbeddingBits,
     Exclude,
+    GpuName,
     Kl,
+    Latency,
+    Limited,
     ModelPath,
     RotationBlock,
     Seed,
     SensitivityFile,
     SensitivityMethod,
     Total,
-    parse_budget,
-    parse_budgets,
     pick_device,
     read_sensitivities,
     read_text,
@@ -76,6 +78,9 @@ def compile_model(
     bits: Annotated[str | None, typer.Option(help="Average bits per weight of the linears: 3.25.", show_default=False)] = None,
     total: Total = None,
     kl: Kl = None,
+    latency: Latency = None,
+    batch: Batch = None,
+    gpu: GpuName = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,
@@ -93,9 +98,11 @@ def compile_model(
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
     from qpc.checkpoint import check_target
+    from qpc.compiler import latency_for
     from qpc.sensitivity_cache import parse as parse_sensitivity
 
-    budget = parse_budget(bits, total, kl)
+    budget = Limited(bits, total, kl, latency, batch).budget()
+    times = latency_for(gpu, budget)
     check_target(output, overwrite)
     start_s = time.monotonic()
     given = None if sensitivities is None else read_sensitivities(sensitivities)
@@ -114,6 +121,8 @@ def compile_model(
             calibration=data,
             sensitivity=method,
             sensitivities=given,
+            gpu=times,
+            batch=batch or 1,
             progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
@@ -133,9 +142,13 @@ def plan_model(
     ] = None,
     total: Total = None,
     kl: Kl = None,
-    step: Annotated[str, typer.Option(metavar="BITS", help="Step of a range.")] = "0.25",
+    latency: Latency = None,
+    batch: Batch = None,
+    gpu: GpuName = None,
+    step: Annotated[str | None, typer.Option(help="Of a range.", show_default="0.25 bits, or an eighth of a range of times")] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw predicted KL against size: .png, .svg or .pdf.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw predicted KL against size, and time with --gpu: .png, .svg, .pdf.", show_default=False),
     ] = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
@@ -150,17 +163,19 @@ def plan_model(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict size and loss of MODEL at a budget, or at each of a range, without compiling it.
+    """Predict size and loss of MODEL, and its time on a GPU, at a budget or at each of a range, without compiling it.
 
     What each layer feels is estimated once for a model and kept (QPC_CACHE); the same budget compiles to the same allocation.
     """
     from qpc.calibration import parse as parse_calibration
+    from qpc.compiler import latency_for
     from qpc.integrations.matplotlib import check_picture, draw_plan
     from qpc.sensitivity_cache import parse as parse_sensitivity
 
-    budgets = parse_budgets(bits, total, kl, step)
+    budgets = Limited(bits, total, kl, latency, batch).budgets(step)
+    times = latency_for(gpu, *budgets)
     if plot is not None and len(budgets) == 1:
-        raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5")
+        raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5 or --latency 2ms..4ms")
     if plot is not None:
         check_picture(plot)
     original, tokenizer = load_original(model, effort)
@@ -179,6 +194,8 @@ def plan_model(
             calibration=data,
             sensitivity=method,
             sensitivities=given,
+            gpu=times,
+            batch=batch or 1,
             progress=progress,
         )
     if plot is not None:
@@ -341,7 +358,7 @@ def show(report: Report) -> None:
 
 def show_plan(plan: "Plan") -> None:
     """Print a plan for people."""
-    from qpc.plan_report import note, point_summary, points_table
+    from qpc.plan_report import notes, point_summary, points_table
 
     console = Console(highlight=False)
     if plan.report is None:
@@ -350,7 +367,8 @@ def show_plan(plan: "Plan") -> None:
         for part in (allocation_table(plan.report), point_summary(plan, plan.points[0])):
             console.print(part)
             console.print()
-    console.print(note(plan), style="dim")
+    for line in notes(plan):
+        console.print(line, style="dim")
 
 
 def print_json(value: dict[str, Any]) -> None:

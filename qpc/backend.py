@@ -19,7 +19,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.budget import Budget
 from qpc.calibration import parse as parse_calibration
-from qpc.compiler import Options, build, decide, lowering, parse_rate
+from qpc.compiler import Options, build, decide, latency_for, lowering, parse_rate
 from qpc.errors import CaptureError, SettingsError
 from qpc.ir.program import Program
 from qpc.passes.adopt import Adopt
@@ -42,6 +42,8 @@ LEGAL = (
     "calibration",
     "sensitivity",
     "tokenizer",
+    "gpu",
+    "batch",
     "inner",
 )
 CACHE = "_qpc_program"
@@ -67,8 +69,9 @@ class BackendOptions:
         if "budget" not in given:
             raise SettingsError('the backend qpalette needs a budget: torch.compile(model, backend="qpalette", options={"budget": 3.25})')
         exclude = given.get("exclude", ())
+        budget = Budget.of(given["budget"])
         parsed = Options(
-            budget=Budget.of(given["budget"]),
+            budget=budget,
             effort=Effort.parse(given.get("effort", Effort.DEFAULT)),
             exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
             seed=int(given.get("seed", 0)),
@@ -77,6 +80,8 @@ class BackendOptions:
             embeddings=parse_rate(given.get("embeddings")),
             calibration=parse_calibration(given.get("calibration", "self"), tokenizer=given.get("tokenizer")),
             sensitivity=parse_sensitivity(given.get("sensitivity", Method.GRADIENT), tokenizer=given.get("tokenizer")),
+            latency=latency_for(given.get("gpu"), budget),
+            batch=int(given.get("batch", 1)),
         )
         inner = str(given.get("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
@@ -91,7 +96,7 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `sensitivity`, `tokenizer` as in `qpc.compile`, and `inner`.
+        `sensitivity`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

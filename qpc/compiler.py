@@ -4,11 +4,12 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qpc.budget import Budget
+from qpc.budget import PS_PER_S, Budget
 from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
@@ -19,6 +20,7 @@ from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule, tie
+from qpc.latency import LatencyModel, latency_of
 from qpc.passes.allocate import Allocate
 from qpc.passes.base import Pass
 from qpc.passes.calibrate import Calibrate
@@ -31,12 +33,14 @@ from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.passes.shares import Shares
+from qpc.passes.timed_items import Timing
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Method, Sensitivities, check_finite
 from qpc.sensitivity_cache import Wanted, estimated, weighed
 from qpc.sensitivity_cache import parse as parse_sensitivity
+from qpc.solver import Allocation
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Options:
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
     weigh_positions: in these moments, by what gradients say of their importance.
     sensitivity: how sensitivities are estimated.
+    latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
+        predicted where the budget names none.
 
     Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
     """
@@ -67,8 +73,12 @@ class Options:
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
     sensitivity: Wanted = field(default_factory=Wanted)
+    latency: LatencyModel | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SettingsError(f"batch={self.batch} must be positive")
         if self.embeddings is not None:
             default_palette(self.effort).at(self.embeddings)
         if self.rotation_block is not None and self.rotation_block < 1:
@@ -76,7 +86,15 @@ class Options:
 
     def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
         """The pass that allocates with these options, within any budget."""
-        return Allocate(budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group)
+        return Allocate(
+            budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group, timing=self.timing_within(budget)
+        )
+
+    def timing_within(self, budget: Budget) -> Timing | None:
+        """How time is counted, at the batch of a budget that limits it."""
+        if self.latency is None:
+            return None
+        return Timing(self.latency, self.batch if budget.latency_ps is None else budget.batch)
 
 
 def compile(
@@ -94,6 +112,8 @@ def compile(
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
     sensitivities: Sensitivities | None = None,
+    gpu: LatencyModel | Path | str | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> nn.Module:
     """Compress the linears of `model` to a budget, with the least predicted loss.
@@ -101,13 +121,17 @@ def compile(
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
-        KL that the smallest model may have (`"0.1nats"`), several (`"4bit, 0.1nats"`), or a `Budget`.
+        KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
+        `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
+    gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
+        `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
+        time that is predicted, where the budget limits none.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
@@ -122,6 +146,8 @@ def compile(
         parse_rate(embeddings),
         parse_calibration(calibration, tokenizer=tokenizer),
         sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
+        latency=latency_for(gpu, Budget.of(budget)),
+        batch=batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline(lowering(program)).run(program)
@@ -225,6 +251,13 @@ def lowering(program: Program) -> tuple[Pass, ...]:
     return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
 
 
+def latency_for(gpu: LatencyModel | Path | str | None, *budgets: Budget) -> LatencyModel | None:
+    """The latency model of a GPU that is given, else of this machine's if a budget limits a time. Raises `ProfileError`."""
+    if gpu is None and all(budget.latency_ps is None for budget in budgets):
+        return None
+    return latency_of(gpu)
+
+
 def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
     """Bits per weight, exactly as written in decimals. Raises `SettingsError` for anything that is no number."""
     if value is None or isinstance(value, Fraction):
@@ -315,6 +348,8 @@ def make_report(program: Program, options: Options) -> Report:
     packed = {note.site.weight: note for note in decisions.values() if note.quantizer is not None and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
     saved += sum(program.tensor(weight).nbytes - table.packed.nbytes for weight, table in program.tables.items())
+    timing, allocation = options.timing_within(options.budget), program.allocation
+    assert isinstance(allocation, Allocation), "the pass leaves it"
     predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())
     return Report(
         rows=tuple(rows),
@@ -326,7 +361,10 @@ def make_report(program: Program, options: Options) -> Report:
         model_bytes=before - saved,
         model_bytes_before=before,
         predicted_loss=predicted,
-        solver_gap=getattr(program.allocation, "gap", None),
+        solver_gap=allocation.gap,
+        gpu=None if timing is None else timing.model.title,
+        batch=None if timing is None else timing.batch,
+        latency_s=None if timing is None else allocation.cost.latency_ps / PS_PER_S,
     )
 
 

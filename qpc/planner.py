@@ -2,24 +2,26 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qpc.budget import Budget
+from qpc.budget import PS_PER_S, Budget
 from qpc.calibration import parse as parse_calibration
-from qpc.compiler import Options, captured, group, make_report, model_bytes, parse_rate, prepare
+from qpc.compiler import Options, captured, group, latency_for, make_report, model_bytes, parse_rate, prepare
 from qpc.cost import Cost, Weight
 from qpc.errors import BudgetError, QuantizerError
 from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
-from qpc.passes.allocate import other_bytes
+from qpc.latency import LatencyModel
+from qpc.passes.allocate import Allocate, other_bytes
 from qpc.passes.pipeline import Pipeline
+from qpc.passes.timed_items import Timing
 from qpc.progress import Progress, silent, track
-from qpc.quant.palette import Effort, Palette, default_palette
+from qpc.quant.palette import Effort, default_palette
 from qpc.quant.quantizer import Quantizer
 from qpc.report import Report
 from qpc.sensitivity import Linearity, Loss, Method, Sensitivities
@@ -45,7 +47,8 @@ class Point:
         checkpoint.
     predicted_loss: of `Plan.loss`, with the error feedback of `Plan.calibration`. bound: what ideal Gaussian quantizers would leave at as
         many bits (`qpc.solver.water_filling`); decibels: how far above it the prediction lies, None if it is 0.
-    solver_gap: relative distance to the proven optimum. uses: by rising rate, what stays as it is last.
+    solver_gap: relative distance to the proven optimum. latency_s: predicted time of the linears that may be quantized, in a step of so
+        many sequences (`batch`); None if no GPU is named. uses: by rising rate, what stays as it is last.
     """
 
     budget: str
@@ -56,6 +59,8 @@ class Point:
     bound: float
     decibels: float | None
     solver_gap: float
+    latency_s: float | None
+    batch: int | None
     uses: tuple[Use, ...]
 
 
@@ -66,7 +71,8 @@ class Plan:
     singles: the model with one quantizer of the palette for all linears, by rising rate. weights: of the linears that may be quantized.
     model_bytes_before, other_bytes: of all tensors as given, and of those that no budget changes. loss: what is predicted.
     calibration: the inputs behind error feedback, in words, or None. sensitivity: how what each linear matters was estimated. linearity:
-    whether the loss was found to grow as predictions assume; None: it was not checked. report: layer by layer, if there is one budget.
+        whether the loss was found to grow as predictions assume; None: it was not checked. gpu: whose times are predicted, or None.
+    report: layer by layer, if there is one budget.
     """
 
     points: tuple[Point, ...]
@@ -80,6 +86,7 @@ class Plan:
     calibration: str | None
     sensitivity: Method
     linearity: Linearity | None
+    gpu: str | None
     report: Report | None
 
     def to_json(self) -> dict[str, Any]:
@@ -102,9 +109,11 @@ def plan(
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
     sensitivities: Sensitivities | None = None,
+    gpu: LatencyModel | Path | str | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> Plan:
-    """Predict size and loss of a model at each budget; the model is left as it is.
+    """Predict size and loss of a model at each budget, and its time if a GPU is named; the model is left as it is.
 
     Arguments are those of `qpc.compile`, which allocates the same with the same ones. Embeddings, if asked for, are packed to know their
     size; the linears are not. What the predictions rest on is measured once and kept (QPC_CACHE).
@@ -115,6 +124,7 @@ def plan(
     if not wanted:
         raise BudgetError("a plan needs one budget or more")
     rate, exclusions = parse_rate(embeddings), tuple(exclude)
+    latency = latency_for(gpu, *wanted)
     options = Options(
         wanted[0],
         Effort.parse(effort),
@@ -125,6 +135,8 @@ def plan(
         rate,
         parse_calibration(calibration, tokenizer=tokenizer),
         sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
+        latency=latency,
+        batch=batch,
     )
     program = captured(model, options, example_inputs)
     group(program, options)
@@ -140,11 +152,12 @@ def plan(
     else:
         found = [options.allocate(budget, given).solve(program) for budget in track(wanted, "plan", len(wanted), progress)]
     points = [
-        subject.point(str(budget), each.cost, each.gap, _by_weight(program, each)) for budget, each in zip(wanted, found, strict=True)
+        subject.point(str(budget), each.cost, each.gap, _by_weight(program, each), options.timing_within(budget))
+        for budget, each in zip(wanted, found, strict=True)
     ]
     return Plan(
         points=tuple(points),
-        singles=tuple(subject.singles(default_palette(options.effort))),
+        singles=tuple(_singles(program, options, given, subject)),
         weights=subject.count,
         model_bytes_before=model_bytes(program.module),
         other_bytes=subject.other_bytes,
@@ -154,6 +167,7 @@ def plan(
         calibration=program.calibration,
         sensitivity=given.method,
         linearity=given.linearity,
+        gpu=None if latency is None else latency.title,
         report=report,
     )
 
@@ -170,8 +184,8 @@ class _Subject:
         """Weights in all."""
         return sum(weight.shape.weights for weight in self.weights)
 
-    def point(self, budget: str, cost: Cost, gap: float, quantizers: Sequence[Quantizer | None]) -> Point:
-        """quantizers: of each weight."""
+    def point(self, budget: str, cost: Cost, gap: float, quantizers: Sequence[Quantizer | None], timing: Timing | None) -> Point:
+        """quantizers: of each weight. timing: how the time of the cost was counted, if it was."""
         counts = [weight.shape.weights for weight in self.weights]
         bound = water_filling([weight.sensitivity for weight in self.weights], counts, 8 * cost.weight_bytes).loss
         uses = []
@@ -188,15 +202,27 @@ class _Subject:
             bound=bound,
             decibels=decibels(cost.distortion, bound) if cost.distortion > 0 and bound > 0 else None,
             solver_gap=gap,
+            latency_s=None if timing is None else cost.latency_ps / PS_PER_S,
+            batch=None if timing is None else timing.batch,
             uses=tuple(uses),
         )
 
-    def singles(self, palette: Palette) -> Iterator[Point]:
-        """The points of each quantizer that supports every weight."""
-        for quantizer in palette.quantizers:
-            with suppress(QuantizerError):
-                costs = [weight.cost(quantizer).weighted(weight.sensitivity) for weight in self.weights]
-                yield self.point(f"all {quantizer}", sum(costs, start=Cost(0, 0.0)), 0.0, [quantizer] * len(costs))
+
+def _singles(program: Program, options: Options, given: Sensitivities, subject: _Subject) -> Iterator[Point]:
+    """The points of each quantizer that supports every weight, with all legal groups fused."""
+    timing = options.timing_within(options.budget)
+    for quantizer in default_palette(options.effort).quantizers:
+        if all(_supports(quantizer, weight) for weight in subject.weights):
+            found = Allocate.uniform(quantizer, given, timing).solve(program)
+            yield subject.point(f"all {quantizer}", found.cost, 0.0, [quantizer] * len(subject.weights), timing)
+
+
+def _supports(quantizer: Quantizer, weight: Weight) -> bool:
+    try:
+        weight.cost(quantizer)
+    except QuantizerError:
+        return False
+    return True
 
 
 def _by_weight(program: Program, found: Allocation) -> list[Quantizer | None]:

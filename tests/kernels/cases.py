@@ -70,7 +70,7 @@ FULL = (
         vector_bits=((6,), (11, 12)),
         batches=(1, 3),
     ),
-    Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), suffix_bits=(9, 13, 16), batches=(1, 3)),
+    Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), suffix_bits=(9, 13, 15), batches=(1, 3)),
     Sizes(rotations=((576, 576), (1184, 1184), (4096, 4096), (14336, 14336), (4096, 256), (65536, 32768), (11008, 256))),
     Sizes(rotations=((4096, 4096), (576, 576)), dtypes=(torch.float32, torch.float16)),
     Sizes(
