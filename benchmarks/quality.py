@@ -28,11 +28,12 @@ from benchmarks.rows import machine, write_rows
 from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
-from qpc.compiler import Options, install, make_report, prepare
+from qpc.compiler import install, make_report, prepare
 from qpc.evaluate import evaluate
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
+from qpc.options import Options
 from qpc.passes.allocate import Allocate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.feedbacks import Known

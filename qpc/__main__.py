@@ -98,8 +98,7 @@ def compile_model(
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
     from qpc.checkpoint import check_target
-    from qpc.compiler import latency_for
-    from qpc.sensitivity_cache import parse as parse_sensitivity
+    from qpc.options import latency_for
 
     budget = Limited(bits, total, kl, latency, batch).budget()
     times = latency_for(gpu, budget)
@@ -108,7 +107,6 @@ def compile_model(
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     original, tokenizer = load_original(model, effort)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    method = parse_sensitivity(sensitivity, tokenizer=tokenizer)
     with ProgressBars() as progress, silent_stdout():
         compiled = qpc.compile(
             original.to(pick_device(device)),
@@ -119,7 +117,8 @@ def compile_model(
             rotation_block=rotation_block,
             embeddings=embeddings,
             calibration=data,
-            sensitivity=method,
+            tokenizer=tokenizer,
+            sensitivity=sensitivity,
             sensitivities=given,
             gpu=times,
             batch=batch or 1,
@@ -168,9 +167,8 @@ def plan_model(
     What each layer feels is estimated once for a model and kept (QPC_CACHE); the same budget compiles to the same allocation.
     """
     from qpc.calibration import parse as parse_calibration
-    from qpc.compiler import latency_for
     from qpc.integrations.matplotlib import check_picture, draw_plan
-    from qpc.sensitivity_cache import parse as parse_sensitivity
+    from qpc.options import latency_for
 
     budgets = Limited(bits, total, kl, latency, batch).budgets(step)
     times = latency_for(gpu, *budgets)
@@ -180,7 +178,6 @@ def plan_model(
         check_picture(plot)
     original, tokenizer = load_original(model, effort)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    method = parse_sensitivity(sensitivity, tokenizer=tokenizer)
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     with ProgressBars() as progress, silent_stdout():
         plan = qpc.plan(
@@ -192,7 +189,8 @@ def plan_model(
             rotation_block=rotation_block,
             embeddings=embeddings,
             calibration=data,
-            sensitivity=method,
+            tokenizer=tokenizer,
+            sensitivity=sensitivity,
             sensitivities=given,
             gpu=times,
             batch=batch or 1,

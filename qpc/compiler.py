@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import PS_PER_S, Budget
-from qpc.calibration import Calibration, Samples, SelfSampled, collect
-from qpc.calibration import parse as parse_calibration
+from qpc.calibration import Samples, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
-from qpc.errors import ModelError, QpcError, SettingsError
+from qpc.errors import ModelError, QpcError
 from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.program import Program
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule, tie
-from qpc.latency import LatencyModel, latency_of
-from qpc.passes.allocate import Allocate
+from qpc.latency import LatencyModel
+from qpc.options import Options
 from qpc.passes.base import Pass
 from qpc.passes.calibrate import Calibrate
 from qpc.passes.canonicalize import Canonicalize
@@ -33,68 +32,12 @@ from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.passes.shares import Shares
-from qpc.passes.timed_items import Timing
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Method, Sensitivities, check_finite
-from qpc.sensitivity_cache import Wanted, estimated, weighed
-from qpc.sensitivity_cache import parse as parse_sensitivity
+from qpc.sensitivity_cache import estimated, weighed
 from qpc.solver import Allocation
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the result of a compilation, besides the model itself.
-
-    effort: how long the trellis windows are; better and slower to encode from FAST to MAX.
-    exclude: patterns (as in a shell) of module names that stay as they are.
-    seed: of the signs, the noise and the random tokens.
-    same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
-    rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
-        divides it. None is no limit.
-    embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
-    calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
-    weigh_positions: in these moments, by what gradients say of their importance.
-    sensitivity: how sensitivities are estimated.
-    latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
-        predicted where the budget names none.
-
-    Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
-    """
-
-    budget: Budget
-    effort: Effort = Effort.DEFAULT
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    same_quantizer_in_group: bool = False
-    rotation_block: int | None = None
-    embeddings: Fraction | None = None
-    calibration: Calibration | None = field(default_factory=SelfSampled)
-    weigh_positions: bool = True
-    sensitivity: Wanted = field(default_factory=Wanted)
-    latency: LatencyModel | None = None
-    batch: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SettingsError(f"batch={self.batch} must be positive")
-        if self.embeddings is not None:
-            default_palette(self.effort).at(self.embeddings)
-        if self.rotation_block is not None and self.rotation_block < 1:
-            raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
-
-    def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
-        """The pass that allocates with these options, within any budget."""
-        return Allocate(
-            budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group, timing=self.timing_within(budget)
-        )
-
-    def timing_within(self, budget: Budget) -> Timing | None:
-        """How time is counted, at the batch of a budget that limits it."""
-        if self.latency is None:
-            return None
-        return Timing(self.latency, self.batch if budget.latency_ps is None else budget.batch)
 
 
 def compile(
@@ -136,17 +79,18 @@ def compile(
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
     """
-    options = Options(
-        Budget.of(budget),
-        Effort.parse(effort),
-        tuple(exclude),
-        seed,
-        same_quantizer_in_group,
-        rotation_block,
-        parse_rate(embeddings),
-        parse_calibration(calibration, tokenizer=tokenizer),
-        sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
-        latency=latency_for(gpu, Budget.of(budget)),
+    options = Options.of(
+        budget,
+        effort=effort,
+        exclude=exclude,
+        seed=seed,
+        same_quantizer_in_group=same_quantizer_in_group,
+        rotation_block=rotation_block,
+        embeddings=embeddings,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        sensitivity=sensitivity,
+        gpu=gpu,
         batch=batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
@@ -249,23 +193,6 @@ def prepare(
 def lowering(program: Program) -> tuple[Pass, ...]:
     """The passes from QUANTIZED to LOWERED."""
     return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
-
-
-def latency_for(gpu: LatencyModel | Path | str | None, *budgets: Budget) -> LatencyModel | None:
-    """The latency model of a GPU that is given, else of this machine's if a budget limits a time. Raises `ProfileError`."""
-    if gpu is None and all(budget.latency_ps is None for budget in budgets):
-        return None
-    return latency_of(gpu)
-
-
-def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
-    """Bits per weight, exactly as written in decimals. Raises `SettingsError` for anything that is no number."""
-    if value is None or isinstance(value, Fraction):
-        return value
-    try:
-        return Fraction(str(value))
-    except ValueError as error:
-        raise SettingsError(f"embeddings={value!r} must be a number of bits per weight, such as 6 or 4.5") from error
 
 
 def irreplaceable(model: nn.Module) -> dict[str, str]:
@@ -382,4 +309,4 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in distinct.values())
 
 
-__all__ = ["Options", "QpcError", "build", "compile", "decide", "install", "report_of"]
+__all__ = ["QpcError", "build", "compile", "decide", "install", "report_of"]

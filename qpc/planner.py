@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import PS_PER_S, Budget
-from qpc.calibration import parse as parse_calibration
-from qpc.compiler import Options, captured, group, latency_for, make_report, model_bytes, parse_rate, prepare
+from qpc.compiler import captured, group, make_report, model_bytes, prepare
 from qpc.cost import Cost, Weight
 from qpc.errors import BudgetError, QuantizerError
 from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
 from qpc.latency import LatencyModel
+from qpc.options import Options, latency_for
 from qpc.passes.allocate import Allocate, other_bytes
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.timed_items import Timing
@@ -25,7 +25,6 @@ from qpc.quant.palette import Effort, default_palette
 from qpc.quant.quantizer import Quantizer
 from qpc.report import Report
 from qpc.sensitivity import Linearity, Loss, Method, Sensitivities
-from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.solver import Allocation, decibels, water_filling
 
 
@@ -123,19 +122,18 @@ def plan(
     wanted = [Budget.of(budget) for budget in budgets]
     if not wanted:
         raise BudgetError("a plan needs one budget or more")
-    rate, exclusions = parse_rate(embeddings), tuple(exclude)
-    latency = latency_for(gpu, *wanted)
-    options = Options(
+    options = Options.of(
         wanted[0],
-        Effort.parse(effort),
-        exclusions,
-        seed,
-        same_quantizer_in_group,
-        rotation_block,
-        rate,
-        parse_calibration(calibration, tokenizer=tokenizer),
-        sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
-        latency=latency,
+        effort=effort,
+        exclude=exclude,
+        seed=seed,
+        same_quantizer_in_group=same_quantizer_in_group,
+        rotation_block=rotation_block,
+        embeddings=embeddings,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        sensitivity=sensitivity,
+        gpu=latency_for(gpu, *wanted),
         batch=batch,
     )
     program = captured(model, options, example_inputs)
@@ -167,7 +165,7 @@ def plan(
         calibration=program.calibration,
         sensitivity=given.method,
         linearity=given.linearity,
-        gpu=None if latency is None else latency.title,
+        gpu=None if options.latency is None else options.latency.title,
         report=report,
     )
 

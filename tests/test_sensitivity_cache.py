@@ -10,9 +10,10 @@ from torch import nn
 import qpc
 from qpc.budget import Budget
 from qpc.calibration import Given, Samples
-from qpc.compiler import Options, captured, group
+from qpc.compiler import captured, group
 from qpc.errors import SettingsError
 from qpc.ir.program import Program
+from qpc.options import Options
 from qpc.sensitivity import Method, Sensitivities
 from qpc.sensitivity_cache import Wanted, estimated, parse, weighed
 from tests.families import FAMILIES, VOCABULARY

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qpc.budget import Budget
 from qpc.cost import Weight
 from qpc.errors import BudgetError
-from qpc.ir.annotation import FusionGroup, LinearShape
+from qpc.ir.annotation import FusionGroup, LinearShape, annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.latency import Latency, LatencyModel, Roofline
 from qpc.passes.allocate import TIMED_GAP, Allocate
@@ -105,6 +105,22 @@ def test_times_do_not_change_an_allocation_that_they_do_not_limit(same: bool) ->
         if len(chosen) == len(SHAPES):
             least = min(time(ROOFLINE, groups, chosen) for groups in partitions() if all(len({chosen[s] for s in g}) == 1 for g in groups))
             assert timed.allocation.cost.latency_ps == least
+
+
+@pytest.mark.parametrize("timing", [None, Timing(ROOFLINE)], ids=["untimed", "timed"])
+def test_what_feedback_leaves_counts_like_sensitivity(timing: Timing | None) -> None:
+    given_, shares = sensitivities(q=1.0, k=1.0, v=1.0, o=4.0), {"q": 0.9, "k": 0.9, "v": 0.9, "o": 0.01}
+    limits = {"bits_per_weight": Fraction(7, 2)} if timing is None else {"seconds_per_token": Fraction(16, 10**6)}
+    shared, scaled = program(), program()
+    for node in shared.linears():
+        annotate(node, annotation(node).but(share=shares[site_of(node).name]))
+    felt = sensitivities(**{name: value * shares[name] for name, value in given_.values.items()})
+    chosen = [
+        {name: found.quantizer for name, found in allocated(made, Allocate(Budget(**limits), PALETTE, values, timing=timing)).items()}
+        for made, values in ((shared, given_), (scaled, felt), (program(), given_))
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert shared.allocation == scaled.allocation
 
 
 def test_what_stays_takes_as_much_longer_as_it_has_more_bytes() -> None:
