@@ -45,7 +45,7 @@ from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.sensitivity import Sensitivities
-from qpc.sensitivity_cache import estimated, weighed
+from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.solver import Allocation
 
@@ -225,7 +225,8 @@ class Prepared:
         if options.sensitivity == self.options.sensitivity:
             return replace(self, options=options)
         start_s = time.monotonic()
-        sensitivities, remarks = estimated(self.program, options.sensitivity, options.seed, self.samples)
+        gradients = None if self.samples is None else Gradients(self.program, self.samples, options.seed)
+        sensitivities, remarks = estimated(self.program, options.sensitivity, options.seed, gradients)
         for remark in remarks:
             print(remark, flush=True)
         print(f"estimated in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
@@ -267,7 +268,7 @@ class SingleRate:
         samples, remarks = collect(calibration, program, seed)
         program.remarks += remarks
         if samples is not None and weigh_positions:
-            samples, remarks = weighed(program, samples, seed)
+            samples, remarks = weighed(Gradients(program, samples, seed))
             program.remarks += remarks
         for part, _ in quantizer.parts(1 << 16):
             assert isinstance(part, TrellisQuantizer)

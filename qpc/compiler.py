@@ -36,7 +36,7 @@ from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Method, Sensitivities, check_finite
-from qpc.sensitivity_cache import estimated, weighed
+from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
 
 
@@ -171,16 +171,17 @@ def prepare(
     samples, remarks = collect(options.calibration, program, options.seed, progress)
     program.remarks += remarks
     program.calibration = None if samples is None else samples.description
+    gradients = None if samples is None else Gradients(program, samples, options.seed, progress)
     if sensitivities is None:
-        sensitivities, remarks = estimated(program, options.sensitivity, options.seed, samples, progress)
+        sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
         program.remarks += remarks
     known = Known()
-    if samples is not None:
+    if samples is not None and gradients is not None:
         settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
         file = Shares.of(program, samples, settings)
         known = file.read()
         if options.weigh_positions and (rounds or not known.expected):
-            samples, remarks = weighed(program, samples, options.seed, progress)
+            samples, remarks = weighed(gradients)
             program.remarks += remarks
         Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
         file.write(known)

@@ -47,7 +47,7 @@ class MomentStream:
         has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32 or float64.
         """
         self._program = program
-        self._device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+        self._device = program.device
         self._walks = [[Walk(program, (batch.to(self._device),)) for batch in part] for part in (batches, held_out)]
         self._importance = (importance, held_out_importance)
         self._order = {node: position for position, node in enumerate(program.graph.nodes)}

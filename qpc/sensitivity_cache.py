@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from safetensors import SafetensorError
@@ -70,13 +71,51 @@ def parse(value: object, *, tokenizer: object | None = None) -> Wanted:
     return Wanted(Method.GIVEN, given)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What backward passes over all samples say, made when it is first asked for; each pass is kept on disk by itself."""
+
+    program: Program
+    samples: Samples
+    seed: int
+    progress: Progress = silent
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All samples."""
+        return [*self.samples.batches, *self.samples.held_out]
+
+    @cached_property
+    def found(self) -> tuple[Sensitivities, Importance]:
+        """Sensitivities, and the importance of the positions of `batches` and then `held_out`.
+
+        Raises `ModelError` as `by_gradient` does.
+        """
+        directory = Settings.from_environment().cache
+        if directory is None:
+            return by_gradient(self.program, self.batches, seed=self.seed, progress=self.progress)
+        settings = {"seed": self.seed, "sites": _sites(self.program), "inputs": digest(self.batches), "what": "gradients"}
+        key = cache.key(self.program.module, FORMAT, settings)
+
+        def recall(number: int, make: Callable[[], Backward]) -> Backward:
+            name = f"gradients-{key}-{number}.safetensors"
+            kept = _unpacked(cache.read(directory, name))
+            if kept is None:
+                kept = make()
+                with suppress(SettingsError):  # it is made again the next time
+                    cache.write(directory, name, _packed(kept))
+            return kept
+
+        return by_gradient(self.program, self.batches, seed=self.seed, recall=recall, progress=self.progress)
+
+
 def estimated(
-    program: Program, wanted: Wanted, seed: int, samples: Samples | None = None, progress: Progress = silent
+    program: Program, wanted: Wanted, seed: int, gradients: Gradients | None = None, progress: Progress = silent
 ) -> tuple[Sensitivities, tuple[Remark, ...]]:
     """The sensitivities that are wanted, with their linearity, and what is to be said of them.
 
-    samples: the inputs of the calibration, on which gradients are taken. Without them, and for `Method.SELF`, the model samples a text; one
-    that cannot, or cannot be differentiated, is estimated by noise on random inputs, which is a remark.
+    gradients: on the inputs of the calibration. Without them, and for `Method.SELF`, the model samples a text; one that cannot, or cannot
+    be differentiated, is estimated by noise on random inputs, which is a remark.
 
     Raises `ModelError` as `qpc.sensitivity.estimate` does.
     """
@@ -88,13 +127,15 @@ def estimated(
     method = wanted.method
     if wanted.given is not None:
         samples, _ = collect(wanted.given, program, seed, progress)
-    elif method is Method.SELF or (method is Method.GRADIENT and samples is None):
+        gradients = None if samples is None else Gradients(program, samples, seed, progress)
+    elif method is Method.SELF or (method is Method.GRADIENT and gradients is None):
         samples, said = collect(TEXT, program, seed, progress)
+        gradients = None if samples is None else Gradients(program, samples, seed, progress)
         if samples is None:
             remark(f"{said[0].reason.partition(':')[0]}: estimated by noise on random inputs")
             method = Method.RANDOM
     try:
-        found = _estimated(program, method, seed, samples, progress, remark)
+        found = _estimated(program, method, seed, gradients, progress, remark)
     except _Undifferentiable as error:
         remark(f"{error}: estimated by noise on random inputs")
         found = _estimated(program, Method.RANDOM, seed, None, progress, remark)
@@ -103,12 +144,13 @@ def estimated(
     return found, tuple(remarks)
 
 
-def weighed(program: Program, samples: Samples, seed: int, progress: Progress = silent) -> tuple[Samples, tuple[Remark, ...]]:
+def weighed(gradients: Gradients) -> tuple[Samples, tuple[Remark, ...]]:
     """The samples with the importance of their positions; without it, and with a remark, if the model cannot be differentiated."""
+    samples, model = gradients.samples, type(gradients.program.module).__name__
     try:
-        _, importance = _gradients(program, samples, seed, progress)
+        _, importance = gradients.found
     except ModelError as error:
-        return samples, (Remark("calibration", type(program.module).__name__, f"{error}: all positions count alike in the moments"),)
+        return samples, (Remark("calibration", model, f"{error}: all positions count alike in the moments"),)
     return samples.weighed(importance), ()
 
 
@@ -117,13 +159,18 @@ class _Undifferentiable(ModelError):
 
 
 def _estimated(
-    program: Program, method: Method, seed: int, samples: Samples | None, progress: Progress, remark: Callable[[str], None]
+    program: Program,
+    method: Method,
+    seed: int,
+    gradients: Gradients | None,
+    progress: Progress,
+    remark: Callable[[str], None],
 ) -> Sensitivities:
     """From the cache, or estimated and kept."""
     directory = Settings.from_environment().cache
     sites, name = _sites(program), ""
     if directory is not None:
-        inputs = _inputs(program) if method is Method.RANDOM or samples is None else digest([*samples.batches, *samples.held_out])
+        inputs = _inputs(program) if method is Method.RANDOM or gradients is None else digest(gradients.batches)
         settings = {"seed": seed, "sites": sites, "inputs": inputs, "method": method}
         name = f"sensitivities-{cache.key(program.module, FORMAT, settings)}"
         kept = _parsed(cache.read(directory, f"{name}.json"))
@@ -131,7 +178,7 @@ def _estimated(
             return kept
     journal = Journal() if directory is None else Journal.open(directory / f"{name}.journal")
     try:
-        found = _made(program, method, seed, samples, journal, progress)
+        found = _made(program, method, seed, gradients, journal, progress)
     finally:
         journal.close()
     if directory is not None:
@@ -143,16 +190,23 @@ def _estimated(
     return found
 
 
-def _made(program: Program, method: Method, seed: int, samples: Samples | None, journal: Journal, progress: Progress) -> Sensitivities:
+def _made(
+    program: Program,
+    method: Method,
+    seed: int,
+    gradients: Gradients | None,
+    journal: Journal,
+    progress: Progress,
+) -> Sensitivities:
     """Estimated, and checked on one sequence."""
-    if method is Method.RANDOM or samples is None:
+    if method is Method.RANDOM or gradients is None:
         found = estimate(program, seed=seed, method=method, journal=journal, progress=progress)
         some = random_inputs(program, batch=1, length=64, seed=seed)
         return checked(program, found, some, seed=seed, journal=journal, progress=progress)
-    text = samples.held_out or samples.batches
+    text = gradients.samples.held_out or gradients.samples.batches
     if method is Method.GRADIENT:
         try:
-            found, _ = _gradients(program, samples, seed, progress)
+            found, _ = gradients.found
         except ModelError as error:
             raise _Undifferentiable(str(error)) from error
     else:
@@ -167,27 +221,6 @@ def _first(batches: Sequence[Tensor], positions: int) -> Tensor:
     batch = batches[0]
     each = max(1, batch[0].numel() if not batch.is_floating_point() else batch[0].numel() // batch.shape[-1])
     return batch[: max(1, positions // each)]
-
-
-def _gradients(program: Program, samples: Samples, seed: int, progress: Progress) -> tuple[Sensitivities, Importance]:
-    """What the backward passes over all samples say, each kept on disk by itself."""
-    directory = Settings.from_environment().cache
-    batches = [*samples.batches, *samples.held_out]
-    if directory is None:
-        return by_gradient(program, batches, seed=seed, progress=progress)
-    settings = {"seed": seed, "sites": _sites(program), "inputs": digest(batches), "what": "gradients"}
-    key = cache.key(program.module, FORMAT, settings)
-
-    def recall(number: int, make: Callable[[], Backward]) -> Backward:
-        name = f"gradients-{key}-{number}.safetensors"
-        kept = _unpacked(cache.read(directory, name))
-        if kept is None:
-            kept = make()
-            with suppress(SettingsError):  # it is made again the next time
-                cache.write(directory, name, _packed(kept))
-        return kept
-
-    return by_gradient(program, batches, seed=seed, recall=recall, progress=progress)
 
 
 def _packed(found: Backward) -> bytes:

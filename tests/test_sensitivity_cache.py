@@ -10,12 +10,12 @@ from torch import nn
 import qpc
 from qpc.budget import Budget
 from qpc.calibration import Given, Samples
-from qpc.compiler import captured, group
+from qpc.compiler import captured, group, prepare
 from qpc.errors import SettingsError
 from qpc.ir.program import Program
 from qpc.options import Options
 from qpc.sensitivity import Method, Sensitivities
-from qpc.sensitivity_cache import Wanted, estimated, parse, weighed
+from qpc.sensitivity_cache import Gradients, Wanted, estimated, parse, weighed
 from tests.families import FAMILIES, VOCABULARY
 
 TOKENS = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,8 @@ def grouped(model: nn.Module, exclude: tuple[str, ...] = ()) -> Program:
 def counted(program: Program, seed: int = 0, wanted: Wanted = RANDOM, samples: Samples | None = None) -> tuple[Sensitivities, bool]:
     """What is known, and whether it took an estimation."""
     steps: list[str] = []
-    found, remarks = estimated(program, wanted, seed, samples, lambda task, done, total: steps.append(task))
+    gradients = None if samples is None else Gradients(program, samples, seed)
+    found, remarks = estimated(program, wanted, seed, gradients, lambda task, done, total: steps.append(task))
     assert not [remark for remark in remarks if "checked" not in remark.reason]
     return found, bool(steps)
 
@@ -112,17 +113,27 @@ def test_an_interrupted_estimate_goes_on_where_it_was(directory: Path) -> None:
 
 def test_what_passes_backwards_found_is_kept(directory: Path) -> None:
     program = grouped(FAMILIES["llama"]())
-    samples, remarks = weighed(program, SAMPLES, 0)
+    samples, remarks = weighed(Gradients(program, SAMPLES, 0))
     assert not remarks and samples.importance is not None and samples.held_out_importance is not None
     assert [len(batch) for batch in (*samples.importance, *samples.held_out_importance)] == [len(list(program.linears()))] * 2
     (one, other) = sorted(directory.glob("gradients-*"))
     one.write_bytes(other.read_bytes()[:50])
-    again, _ = weighed(program, SAMPLES, 0)
+    again, _ = weighed(Gradients(program, SAMPLES, 0))
     assert again.importance is not None
     for name, values in samples.importance[0].items():
         assert torch.equal(values, again.importance[0][name])
     counted(program, wanted=Wanted(Method.GRADIENT), samples=SAMPLES)
     assert len(list(directory.glob("gradients-*"))) == 2, "sensitivities on the same samples take the same passes"
+
+
+def test_sensitivities_and_moments_share_their_passes_without_a_cache() -> None:
+    passes: list[int] = []
+    options = Options(Budget.of(3), calibration=Given((TOKENS,)))
+    program = captured(FAMILIES["llama"](), options)
+    group(program, options)
+    found = prepare(program, options, None, lambda task, done, total: passes.append(done) if task == "gradients" else None)
+    assert found.sensitivities.method is Method.GRADIENT and found.samples is not None and found.samples.importance is not None
+    assert passes and passes == sorted(set(passes)), "each pass once"
 
 
 def test_what_cannot_be_differentiated_is_estimated_by_noise(directory: Path) -> None:
@@ -138,10 +149,10 @@ def test_what_cannot_be_differentiated_is_estimated_by_noise(directory: Path) ->
     program = captured(Steps(), options, (torch.zeros(2, 16),))
     group(program, options)
     rows = torch.randn(8, 16)
-    found, remarks = estimated(program, Wanted(Method.GRADIENT), 0, Samples((rows,), (), "rows"))
+    found, remarks = estimated(program, Wanted(Method.GRADIENT), 0, Gradients(program, Samples((rows,), (), "rows"), 0))
     assert found.method is Method.RANDOM and found.values["only"] > 0
     assert "differentiated" in remarks[0].reason and "noise" in remarks[0].reason
-    samples, (remark,) = weighed(program, Samples((rows,), (), "rows"), 0)
+    samples, (remark,) = weighed(Gradients(program, Samples((rows,), (), "rows"), 0))
     assert samples.importance is None and "alike" in remark.reason
     found, remarks = estimated(program, Wanted(Method.SELF), 0)
     assert found.method is Method.RANDOM and "no text" in remarks[0].reason

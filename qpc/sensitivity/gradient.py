@@ -103,7 +103,7 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backw
     groups = by_weight(program)
     if not groups:
         raise ModelError("the model has no linear that may be quantized")
-    device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+    device = program.device
     generator = torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
     energy: dict[str, Tensor] = {}
     importance: dict[str, Tensor] = {}

@@ -131,8 +131,7 @@ def _trials(
     program: Program, inputs: tuple[Tensor, ...], groups: list[list[fx.Node]], sizes: Sequence[float], key: tuple[object, ...]
 ) -> Iterator[Trial]:
     """One trial for each weight and size of the noise, on one part of the inputs."""
-    device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
-    walk = Walk(program, tuple(value.to(device) for value in inputs))
+    walk = Walk(program, tuple(value.to(program.device) for value in inputs))
     with torch.no_grad():
         reference = reference_of(program, walk.finish({}))
     for nodes in groups:
