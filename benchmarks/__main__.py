@@ -11,6 +11,7 @@ from benchmarks.rows import BenchmarkError
 BENCHMARKS = {
     "distortion": "distortion of a Gaussian by quantizer and rate, against the bound and the paper",
     "allocation": "time and gap of the solver on the shapes of whole models",
+    "fusion": "loss within a time, with and without choosing what runs as one",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
     "check": "every kernel of a GPU against its oracle",
@@ -18,6 +19,7 @@ BENCHMARKS = {
     "prefill": "linears of 2,048 tokens on a GPU, and decoding of weights",
     "transform": "rotation of activations on a GPU, and RMSNorm",
     "profile": "the latency table of a GPU",
+    "layer": "the linears of a decoder layer on a GPU, predicted from such a table and measured",
     "report": "a Markdown report and plots from the result files of a GPU",
 }
 

@@ -151,13 +151,18 @@ def measure(model: Model, gap: float, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def sensitivities_of(model: Model, seed: int) -> Iterator[dict[str, float]]:
+    """Of the linears of each layer [nats]."""
+    rng = random.Random(seed)
+    scale = {"q": 0.3, "k": 0.3, "v": 3.0}
+    for _ in range(model.layers):
+        yield {name: scale.get(name, 1.0) * math.exp(rng.gauss(0, 1.2)) * 0.05 / model.layers for name in model.linears}
+
+
 def items_of(model: Model, seed: int) -> list[Item]:
     """Every linear, and every subset of a group, with all quantizers."""
-    rng = random.Random(seed)
     items = []
-    for layer in range(model.layers):
-        scale = {"q": 0.3, "k": 0.3, "v": 3.0}
-        sensitivity = {name: scale.get(name, 1.0) * math.exp(rng.gauss(0, 1.2)) * 0.05 / model.layers for name in model.linears}
+    for layer, sensitivity in enumerate(sensitivities_of(model, seed)):
         for group in GROUPS:
             for count in range(1, len(group) + 1):
                 for subset in itertools.combinations(group, count):

@@ -61,16 +61,18 @@ def vector(*rates: int) -> tuple[Subject, ...]:
 
 
 def options_of(
-    name: str, text: str | None, arguments: list[str], budget_s: float, quick_budget_s: float, draws: bool = False
+    name: str, text: str | None, arguments: list[str], budget_s: float, quick_budget_s: float, draws: bool = False, predicts: bool = False
 ) -> argparse.Namespace:
     """The options that every GPU benchmark takes.
 
-    budget_s, quick_budget_s: what --budget-s is unless it is given. draws: whether there is a --plot.
+    budget_s, quick_budget_s: what --budget-s is unless it is given. draws: whether there is a --plot; predicts: a --profile.
     """
     parser = argparse.ArgumentParser(f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, after each of them")
     if draws:
         parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the rows into this folder")
+    if predicts:
+        parser.add_argument("--profile", type=Path, metavar="FILE", help="latency table that predicts (what qpc knows of this GPU)")
     parser.add_argument("--quick", action="store_true", help="only the rows that tell most")
     default = f"start no measurement after this many seconds ({budget_s:g}, quick: {quick_budget_s:g})"
     parser.add_argument("--budget-s", type=float, metavar="S", help=default)

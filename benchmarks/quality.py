@@ -1,7 +1,8 @@
 """Loss of quality against bits: `python -m benchmarks quality MODEL --text FILE --json FILE`.
 
 Compiles one model at several rates, and measures perplexity and mean KL(original || compiled) in windows that do not overlap. `--single`
-gives every linear the quantizer of one rate instead of an allocation; `--calibrations` compares sources of the moments for error feedback.
+gives every linear the quantizer of one rate instead of an allocation; `--calibrations` compares sources of the moments for error feedback,
+`--sensitivities` ways to estimate what each linear matters. `--own-tokens` measures on text of the kind that the predictions are for, too.
 `--double-newlines` prepares WikiText as its users do. README's figures and picture come from the files that it writes.
 """
 
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,18 @@ from torch import fx, nn
 
 import qpc
 from benchmarks.rows import machine, write_rows
-from qpc.calibration import Calibration, Samples, collect
+from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
-from qpc.compiler import Options, install, make_report
+from qpc.compiler import install, make_report, prepare
 from qpc.evaluate import evaluate
 from qpc.integrations.transformers import load_pretrained
+from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
+from qpc.options import Options
 from qpc.passes.allocate import Allocate
 from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.feedbacks import Known
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
@@ -39,11 +44,48 @@ from qpc.passes.quantize import Quantize
 from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
-from qpc.sensitivity import Loss, Sensitivities
+from qpc.sensitivity import Sensitivities
+from qpc.sensitivity_cache import Gradients, estimated, weighed
+from qpc.sensitivity_cache import parse as parse_sensitivity
+from qpc.solver import Allocation
 
 
 def main(arguments: list[str]) -> None:
     """Measure, print a line per row, write the file after each."""
+    options = parsed(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    original, tokenizer = load_pretrained(options.model, dtype=torch.float32)
+    assert tokenizer is not None, f"{options.model} has no tokenizer"
+    original = original.to(device)
+    text = options.text.read_text(encoding="utf-8")
+    ids = tokenizer(text.replace("\n", "\n\n") if options.double_newlines else text)["input_ids"][: options.tokens]
+    tokens = torch.tensor(ids).to(device)
+    own = own_text(original, options.own_tokens).to(device) if options.own_tokens else None
+    rows: list[dict[str, Any]] = []
+    for job, compiled, compile_s, predicted in _compiled(original, tokenizer, options):
+        report = qpc.report_of(compiled)
+        row: dict[str, Any] = {"model": options.model.name, "method": "single rate" if options.single else "mixed"}
+        row |= {"effort": options.effort, "calibration": Path(job.calibration).name, "positions": job.positions, "shares": job.shares}
+        row |= {
+            "sensitivity": job.sensitivity and Path(job.sensitivity).name,
+            "seed": job.seed,
+            "budget": job.bits,
+            "bits": report.bits_per_weight,
+        }
+        row |= {"compile_s": compile_s, "weight_bytes": report.linear_bytes, "model_bytes": report.model_bytes}
+        found = evaluate(compiled, original, tokens, options.window)
+        row |= {"kl": found.kl, "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
+        row |= {"top1_agreement": found.top1_agreement, "text": options.text.name, "tokens": options.tokens, "window": options.window}
+        row |= {"kl_own_text": None if own is None else evaluate(compiled, original, own, OWN.length).kl}
+        row |= {"kl_predicted": predicted, "kl_predicted_rounded": None if predicted is None else report.predicted_loss}
+        row |= {"device": machine(device), "transformers": transformers.__version__}
+        print(line(row), flush=True)
+        rows.append(row)
+        write_rows(options.json, "quality", rows)
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
@@ -54,86 +96,156 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--calibrations", nargs="+", default=["self"], help="self, none or text files")
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--start", help="how self-sampled sequences begin")
+    parser.add_argument("--sensitivities", nargs="+", default=["gradient"], help="random, self, gradient or text files")
+    parser.add_argument("--positions", nargs="+", default=["weighed"], choices=["weighed", "alike"], help="how positions count in moments")
+    parser.add_argument(
+        "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
+    )
+    parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
     parser.add_argument("--at-once", type=int, default=1, help="models of a single rate that are quantized at the same time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tokens", type=int, default=5120)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--double-newlines", action="store_true")
-    options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    original, tokenizer = load_pretrained(options.model, dtype=torch.float32)
-    assert tokenizer is not None, f"{options.model} has no tokenizer"
-    original = original.to(device)
-    text = options.text.read_text(encoding="utf-8")
-    tokens = torch.tensor(tokenizer(text.replace("\n", "\n\n") if options.double_newlines else text)["input_ids"])[: options.tokens].to(
-        device
-    )
-    jobs = list(_jobs(options.seeds, options.calibrations, options.bits))
-    rows: list[dict[str, Any]] = []
-    for (seed, calibration, bits), compiled, compile_s in _compiled(original, tokenizer, jobs, options):
-        report = qpc.report_of(compiled)
-        row: dict[str, Any] = {
-            "model": options.model.name,
-            "method": "single rate" if options.single else "mixed",
-            "effort": options.effort,
-        }
-        row |= {"calibration": Path(calibration).name, "seed": seed, "budget": bits, "bits": report.bits_per_weight}
-        row |= {"compile_s": compile_s, "weight_bytes": report.linear_bytes, "model_bytes": report.model_bytes}
-        found = evaluate(compiled, original, tokens, options.window)
-        row |= {"kl": found.kl, "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
-        row |= {"top1_agreement": found.top1_agreement, "text": options.text.name, "tokens": options.tokens, "window": options.window}
-        row |= {"device": machine(device), "transformers": transformers.__version__}
-        what = f"{row['method']} {bits:>5} bits ({row['bits']:.3f}) {row['calibration']:>12} seed {seed}"
-        print(f"{what}: KL {row['kl']:.4f}  ppl {row['perplexity']:.2f}  compiled in {compile_s} s", flush=True)
-        rows.append(row)
-        write_rows(options.json, "quality", rows)
+    return parser.parse_args(arguments)
 
 
-Job = tuple[int, str, str]
-"""Seed, calibration, bits."""
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    what = f"{row['method']} {row['budget']:>5} bits ({row['bits']:.3f}) {row['calibration']:>12} {row['positions']:>7} seed {row['seed']}"
+    if row["sensitivity"] is not None:
+        what += f" {row['sensitivity']:>8}, shares {row['shares']}"
+    own = "" if row["kl_own_text"] is None else f" on its own text {row['kl_own_text']:.4f}"
+    predicted = ""
+    if row["kl_predicted"] is not None:
+        predicted = f" predicted {row['kl_predicted']:.4f} ({row['kl_predicted_rounded']:.4f} when rounded)"
+    return f"{what}: KL {row['kl']:.4f}{own}{predicted}  ppl {row['perplexity']:.2f}  compiled in {row['compile_s']} s"
 
 
-def _jobs(seeds: list[int], calibrations: list[str], rates: list[str]) -> Iterator[Job]:
-    """What is compiled, in order; without calibration the seed hardly matters, so only the first is used."""
-    for seed in seeds:
-        for calibration in calibrations:
-            if calibration == "none" and seed != seeds[0]:
+def own_text(model: nn.Module, tokens: int) -> torch.Tensor:
+    """Tokens [n] that the model samples with a seed that no compile of this benchmark has, in sequences of `OWN.length`."""
+    samples, _ = collect(replace(OWN, tokens=tokens), _grouped(model), OWN_SEED)
+    assert samples is not None, "the model cannot sample text"
+    return torch.cat([*samples.batches, *samples.held_out]).flatten()
+
+
+OWN = SelfSampled()
+OWN_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compiled. positions, shares: as the options of these names; sensitivity: None for a single rate."""
+
+    seed: int
+    calibration: str
+    positions: str
+    sensitivity: str | None
+    shares: str
+    bits: str
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """In order; without calibration the seed hardly matters for a single rate, so only the first is used."""
+    for seed, calibration, positions in product(options.seeds, options.calibrations, options.positions):
+        if calibration == "none" and (positions != options.positions[0] or (options.single and seed != options.seeds[0])):
+            continue
+        for sensitivity, shares in product([None] if options.single else options.sensitivities, options.shares):
+            if shares != options.shares[0] and (options.single or calibration == "none"):
                 continue
-            for bits in rates:
-                yield seed, calibration, bits
+            for bits in options.bits:
+                yield Job(seed, calibration, positions, sensitivity, shares, bits)
 
 
 def _compiled(
-    original: nn.Module, tokenizer: Any, jobs: list[Job], options: argparse.Namespace
-) -> Iterator[tuple[Job, nn.Module, float | None]]:
-    """The compiled model of each job, and the seconds it took, unless several were made at once."""
+    original: nn.Module, tokenizer: Any, options: argparse.Namespace
+) -> Iterator[tuple[Job, nn.Module, float | None, float | None]]:
+    """The compiled model of each job, the seconds it took, unless several were made at once, and the predicted KL."""
 
     def data(job: Job) -> Calibration | None:
-        name = job[1]
+        name = job.calibration
         tokens = None if name == "none" else options.calibration_tokens
         return parse_calibration(name, tokenizer=tokenizer, tokens=tokens, start=options.start if name == "self" else None)
 
+    effort, jobs = Effort.parse(options.effort), list(_jobs(options))
     if not options.single:
-        known: dict[int, Sensitivities] = {}
-        for job in jobs:
-            start_s = time.monotonic()
-            seed, _, bits = job
-            made = qpc.compile(original, bits, effort=options.effort, seed=seed, calibration=data(job), sensitivities=known.get(seed))
-            values = {each.name: each.sensitivity or 0.0 for each in qpc.report_of(made).rows}
-            known[seed] = Sensitivities(values, Loss.KL, noise=0.02, seed=seed, tokens=0)
-            yield job, made, round(time.monotonic() - start_s, 1)
+        for _, alike in groupby(jobs, lambda job: (job.seed, job.calibration, job.positions)):
+            prepared: Prepared | None = None
+            for job in alike:
+                source = Options(
+                    qpc.Budget.of(job.bits),
+                    effort,
+                    seed=job.seed,
+                    calibration=data(job),
+                    weigh_positions=job.positions == "weighed",
+                    sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
+                )
+                prepared = Prepared.of(original, source) if prepared is None else prepared.but(source)
+                start_s = time.monotonic()
+                made, predicted = prepared.compiled(job.shares == "expected")
+                yield job, made, round(time.monotonic() - start_s, 1), predicted
         return
-    effort = Effort.parse(options.effort)
     torch.linalg.cholesky(torch.eye(2, device=next(original.parameters()).device))  # its first call may not be made by two threads
     for start in range(0, len(jobs), options.at_once):
-        some = jobs[start : start + options.at_once]
-        plans = [SingleRate.of(original, Fraction(bits), effort, seed, data((seed, name, bits))) for seed, name, bits in some]
+        batch = jobs[start : start + options.at_once]
+        plans = [SingleRate.of(original, Fraction(job.bits), effort, job.seed, data(job), job.positions == "weighed") for job in batch]
         start_s = time.monotonic()
         with ThreadPoolExecutor(options.at_once) as pool:
             models = list(pool.map(lambda plan: plan.quantized(not options.parallel), plans))
-        for job, made in zip(some, models, strict=True):
-            yield job, made, round(time.monotonic() - start_s, 1) if len(some) == 1 else None
+        for job, made in zip(batch, models, strict=True):
+            yield job, made, round(time.monotonic() - start_s, 1) if len(batch) == 1 else None, None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A compile that stands before the allocation, from where it goes on with several budgets: samples, sensitivities, feedback."""
+
+    model: nn.Module
+    program: Program
+    options: Options
+    sensitivities: Sensitivities
+    samples: Samples | None
+    known: Known
+
+    @staticmethod
+    def of(model: nn.Module, options: Options) -> "Prepared":
+        """As `qpc.compile` does it, but that the graph is captured once."""
+        program, start_s = _fresh(_grouped(model)), time.monotonic()
+        found = prepare(program, options, None)
+        sensitivities = found.sensitivities
+        for remark in program.remarks:
+            if remark.pass_name in ("sensitivities", "calibration"):
+                print(remark, flush=True)
+        print(f"prepared in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
+        return Prepared(model, program, options, sensitivities, found.samples, found.known)
+
+    def but(self, options: Options) -> "Prepared":
+        """With another budget, or another method for the sensitivities."""
+        if options.sensitivity == self.options.sensitivity:
+            return replace(self, options=options)
+        start_s = time.monotonic()
+        gradients = None if self.samples is None else Gradients(self.program, self.samples, options.seed)
+        sensitivities, remarks = estimated(self.program, options.sensitivity, options.seed, gradients)
+        for remark in remarks:
+            print(remark, flush=True)
+        print(f"estimated in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
+        return replace(self, options=options, sensitivities=sensitivities)
+
+    def compiled(self, shares: bool) -> tuple[nn.Module, float]:
+        """The compiled copy, and the KL predicted before rounding. shares: let the allocation know what feedback will leave."""
+        program = _fresh(self.program)
+        if not shares:
+            for node in program.linears():
+                annotate(node, annotation(node).but(share=None))
+        quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork())
+        Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
+        assert isinstance(program.allocation, Allocation)
+        predicted = program.allocation.cost.distortion
+        Pipeline((quantize, Lower())).run(program)
+        result = install(self.model, program)
+        result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
+        return result, predicted
 
 
 @dataclass(frozen=True)
@@ -146,13 +258,18 @@ class SingleRate:
     options: Options
 
     @staticmethod
-    def of(model: nn.Module, rate: Fraction, effort: Effort, seed: int, calibration: Calibration | None) -> "SingleRate":
+    def of(
+        model: nn.Module, rate: Fraction, effort: Effort, seed: int, calibration: Calibration | None, weigh_positions: bool
+    ) -> "SingleRate":
         """Everything up to the allocation, and the samples; mixtures and their tables are made on the way."""
         program = _fresh(_grouped(model))
         quantizer = trellis_at(rate, effort)
         Pipeline((Allocate.uniform(quantizer),)).run(program)
         samples, remarks = collect(calibration, program, seed)
         program.remarks += remarks
+        if samples is not None and weigh_positions:
+            samples, remarks = weighed(Gradients(program, samples, seed))
+            program.remarks += remarks
         for part, _ in quantizer.parts(1 << 16):
             assert isinstance(part, TrellisQuantizer)
             neighbours(part.step_bits, part.window_bits, next(model.parameters()).device)

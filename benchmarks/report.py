@@ -1,7 +1,7 @@
 """A report of one GPU from its result files: `python -m benchmarks report DIR`, for instance `benchmarks/results/nvidia-h100`.
 
-Reads `kernels.json`, `prefill.json`, `transform.json` and `profile.json` of the folder, those that are there, and writes `REPORT.md` and
-the pictures of `benchmarks.plot_kernels` beside them. Measures nothing.
+Reads `kernels.json`, `prefill.json`, `transform.json`, `profile.json` and `layer.json` of the folder, those that are there, and writes
+`REPORT.md` and the pictures of `benchmarks.plot_kernels` beside them. Measures nothing.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks.rows import BenchmarkError, read_head, read_rows
 from benchmarks.summary import OTHERS, LayerSum, layer_sums, shape_of
 from benchmarks.weights import LAYER, label
 
-FILES = ("kernels", "prefill", "transform", "profile")
+FILES = ("kernels", "prefill", "transform", "profile", "layer")
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +35,7 @@ def report(folder: Path) -> str:
     if len(gpus) > 1:
         raise BenchmarkError(f"{folder} holds results of several GPUs ({', '.join(gpus)}); a folder is for one")
     sections = [f"# {gpus[0]}", "\n".join(_measured_with(heads))]
-    makers = {"kernels": _kernels, "prefill": _prefill, "transform": _transform, "profile": _profile}
+    makers = {"kernels": _kernels, "prefill": _prefill, "transform": _transform, "profile": _profile, "layer": _predictions}
     for name, path in found.items():
         sections.append("\n".join(makers[name](read_rows(path), heads[name], folder)))
     return "\n\n".join(sections) + "\n"
@@ -133,9 +133,31 @@ def _transform(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Pat
 def _profile(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Path) -> Iterator[str]:
     yield "## Latency table"
     yield ""
-    shapes = {shape_of(row) for row in rows}
-    rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows}))
+    linears = [row for row in rows if "transform" not in row]
+    shapes = {shape_of(row) for row in linears}
+    rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in linears}))
     yield f"`profile.json`: {len(rows)} times of {len(shapes)} shapes at {rates} bits. One launch takes {head['launch_us']:.2f} us."
+    yield from _failures(rows)
+
+
+def _predictions(rows: Sequence[dict[str, Any]], head: dict[str, Any], folder: Path) -> Iterator[str]:
+    yield "## Predicted and measured"
+    yield ""
+    yield "All linears of a Llama 3.1 8B layer with their transforms, in us; bits of query, key and value / output / gate and up / down."
+    yield ""
+    body = (
+        [
+            row["bits"],
+            ("alone", "fused")[row["fused"]],
+            row["batch"],
+            f"{row['us']:.1f}",
+            f"{row['predicted_us']:.1f}",
+            f"{row['off']:+.1%}",
+        ]
+        for row in rows
+        if "error" not in row
+    )
+    yield from _table(("bits", "linears", "batch", "measured", "predicted", "off"), body)
     yield from _failures(rows)
 
 

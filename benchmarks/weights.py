@@ -13,8 +13,19 @@ from qpc.quant.quantizer import Quantizer, UniformQuantizer
 Shape = tuple[int, int]
 """out_features, in_features."""
 
-LAYER: tuple[Shape, ...] = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-"""The four fused linears of a decoder layer of Llama 3.1 8B: query, key and value; output; gate and up; down."""
+GROUPS: tuple[tuple[Shape, ...], ...] = (
+    ((4096, 4096), (1024, 4096), (1024, 4096)), ((4096, 4096),), ((14336, 4096), (14336, 4096)), ((4096, 14336),)
+)  # fmt: skip
+"""The linears of a decoder layer of Llama 3.1 8B that read the same value: query, key and value; output; gate and up; down."""
+
+
+def stacked(members: Sequence[Shape]) -> Shape:
+    """Linears of one input as one."""
+    return sum(out_features for out_features, _ in members), members[0][1]
+
+
+LAYER: tuple[Shape, ...] = tuple(stacked(group) for group in GROUPS)
+"""The same, each group fused into one."""
 
 SHAPES: tuple[Shape, ...] = (*LAYER, (1024, 4096))
 """Those, and its key or value alone."""

@@ -19,19 +19,25 @@ from torch import Tensor, nn
 import qpc
 from qpc.arguments import (
     AsJson,
+    Batch,
+    CalibrationSource,
+    CalibrationStart,
+    CalibrationTokens,
     Compiled,
     Device,
     EffortName,
     EmbeddingBits,
     Exclude,
+    GpuName,
     Kl,
+    Latency,
+    Limited,
     ModelPath,
     RotationBlock,
     Seed,
     SensitivityFile,
+    SensitivityMethod,
     Total,
-    parse_budget,
-    parse_budgets,
     pick_device,
     read_sensitivities,
     read_text,
@@ -72,17 +78,17 @@ def compile_model(
     bits: Annotated[str | None, typer.Option(help="Average bits per weight of the linears: 3.25.", show_default=False)] = None,
     total: Total = None,
     kl: Kl = None,
+    latency: Latency = None,
+    batch: Batch = None,
+    gpu: GpuName = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,
     embeddings: EmbeddingBits = None,
-    calibration: Annotated[
-        str, typer.Option(metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
-    ] = "self",
-    tokens: Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)] = None,
-    start: Annotated[
-        str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
-    ] = None,
+    calibration: CalibrationSource = "self",
+    tokens: CalibrationTokens = None,
+    start: CalibrationStart = None,
+    sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
@@ -92,8 +98,10 @@ def compile_model(
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
     from qpc.checkpoint import check_target
+    from qpc.options import latency_for
 
-    budget = parse_budget(bits, total, kl)
+    budget = Limited(bits, total, kl, latency, batch).budget()
+    times = latency_for(gpu, budget)
     check_target(output, overwrite)
     start_s = time.monotonic()
     given = None if sensitivities is None else read_sensitivities(sensitivities)
@@ -109,7 +117,11 @@ def compile_model(
             rotation_block=rotation_block,
             embeddings=embeddings,
             calibration=data,
+            tokenizer=tokenizer,
+            sensitivity=sensitivity,
             sensitivities=given,
+            gpu=times,
+            batch=batch or 1,
             progress=progress,
         )
     qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
@@ -129,31 +141,43 @@ def plan_model(
     ] = None,
     total: Total = None,
     kl: Kl = None,
-    step: Annotated[str, typer.Option(metavar="BITS", help="Step of a range.")] = "0.25",
+    latency: Latency = None,
+    batch: Batch = None,
+    gpu: GpuName = None,
+    step: Annotated[str | None, typer.Option(help="Of a range.", show_default="0.25 bits, or an eighth of a range of times")] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw predicted KL against size: .png, .svg or .pdf.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw predicted KL against size, and time with --gpu: .png, .svg, .pdf.", show_default=False),
     ] = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,
     embeddings: EmbeddingBits = None,
+    calibration: CalibrationSource = "self",
+    tokens: CalibrationTokens = None,
+    start: CalibrationStart = None,
+    sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict size and loss of MODEL at a budget, or at each of a range, without compiling it.
+    """Predict size and loss of MODEL, and its time on a GPU, at a budget or at each of a range, without compiling it.
 
     What each layer feels is estimated once for a model and kept (QPC_CACHE); the same budget compiles to the same allocation.
     """
+    from qpc.calibration import parse as parse_calibration
     from qpc.integrations.matplotlib import check_picture, draw_plan
+    from qpc.options import latency_for
 
-    budgets = parse_budgets(bits, total, kl, step)
+    budgets = Limited(bits, total, kl, latency, batch).budgets(step)
+    times = latency_for(gpu, *budgets)
     if plot is not None and len(budgets) == 1:
-        raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5")
+        raise UsageError("--plot draws a range of budgets: give one such as --bits 2.5..4.5 or --latency 2ms..4ms")
     if plot is not None:
         check_picture(plot)
-    original, _ = load_original(model, effort)
+    original, tokenizer = load_original(model, effort)
+    data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
     given = None if sensitivities is None else read_sensitivities(sensitivities)
     with ProgressBars() as progress, silent_stdout():
         plan = qpc.plan(
@@ -164,7 +188,12 @@ def plan_model(
             seed=seed,
             rotation_block=rotation_block,
             embeddings=embeddings,
+            calibration=data,
+            tokenizer=tokenizer,
+            sensitivity=sensitivity,
             sensitivities=given,
+            gpu=times,
+            batch=batch or 1,
             progress=progress,
         )
     if plot is not None:
@@ -327,7 +356,7 @@ def show(report: Report) -> None:
 
 def show_plan(plan: "Plan") -> None:
     """Print a plan for people."""
-    from qpc.plan_report import note, point_summary, points_table
+    from qpc.plan_report import notes, point_summary, points_table
 
     console = Console(highlight=False)
     if plan.report is None:
@@ -336,7 +365,8 @@ def show_plan(plan: "Plan") -> None:
         for part in (allocation_table(plan.report), point_summary(plan, plan.points[0])):
             console.print(part)
             console.print()
-    console.print(note(plan), style="dim")
+    for line in notes(plan):
+        console.print(line, style="dim")
 
 
 def print_json(value: dict[str, Any]) -> None:

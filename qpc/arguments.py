@@ -1,12 +1,13 @@
 """The arguments of the command line: their types and help, and the values that they stand for."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qpc.budget import Budget, rates
+from qpc.budget import Budget, rates, times
 from qpc.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Directory with config.json and safetensors, or a GGUF file.")]
 Total = Annotated[str | None, typer.Option("--size", help="Size of the whole checkpoint: 80MB, 4.2GiB.", show_default=False)]
 Kl = Annotated[str | None, typer.Option(metavar="NATS", help="Predicted KL: the smallest model that stays within it.", show_default=False)]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Time of these linears in a step: 3ms, 3ms@8 for a batch of 8, or 2000tok/s@8.", show_default=False),
+]
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GPU", help="Where times are predicted: h100, or a file of its times.", show_default="this one, if --latency asks"
+    ),
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a step, where --latency names none.", show_default="1")]
 EffortName = Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")]
 RotationBlock = Annotated[
@@ -28,6 +40,21 @@ EmbeddingBits = Annotated[
 SensitivityFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="How much each linear matters, as JSON.", show_default="estimated, and kept in QPC_CACHE"),
+]
+SensitivityMethod = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        metavar="gradient|self|random|FILE",
+        help="How to estimate how much linears matter: by gradients, or by noise on the model's own text, random tokens or a file.",
+    ),
+]
+CalibrationSource = Annotated[
+    str, typer.Option("--calibration", metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
+]
+CalibrationTokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)]
+CalibrationStart = Annotated[
+    str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]
@@ -47,41 +74,75 @@ LIMITS = {
     "--bits": LimitOption("bits_per_weight", "", "bits per weight", "a number of bits per weight, such as 3.25"),
     "--size": LimitOption("total_bytes", "", "bytes", "a number with a unit of bytes, such as 80MB or 4.2GiB"),
     "--kl": LimitOption("kl_nats", "nats", "nats", "a KL in nats per token, such as 0.1"),
+    "--latency": LimitOption("seconds_per_token", "", "a time or a speed", "a time such as 3ms or 3ms@8, or a speed such as 300tok/s"),
 }
 
 
-def parse_budget(bits: str | None, total: str | None, kl: str | None) -> Budget:
-    """A `Budget` from the three options. Raises `BudgetError` unless at least one is given, each in its unit."""
-    given = {"--bits": bits, "--size": total, "--kl": kl}
-    limits = {LIMITS[option].field: limit(option, text) for option, text in given.items() if text is not None}
-    if not limits:
-        raise BudgetError(
-            "no budget: give --bits 3.25 (average bits per weight), --size 80MB (whole checkpoint), --kl 0.1 (nats), or several"
-        )
-    return Budget(**limits)
+@dataclass(frozen=True)
+class Limited:
+    """The options that make a budget, as they were given. batch: of --latency where that names none."""
+
+    bits: str | None
+    size: str | None
+    kl: str | None
+    latency: str | None
+    batch: int | None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The limits that are there, by option. Raises `BudgetError` if there are two batches."""
+        latency = self.latency
+        if latency is not None and self.batch is not None:
+            if "@" in latency:
+                raise BudgetError(f"--latency {latency} names the batch; leave out --batch {self.batch}")
+            latency = f"{latency}@{self.batch}"
+        texts = {"--bits": self.bits, "--size": self.size, "--kl": self.kl, "--latency": latency}
+        return {option: text for option, text in texts.items() if text is not None}
+
+    def budget(self) -> Budget:
+        """All limits together. Raises `BudgetError` unless at least one is given, each in its unit."""
+        if not self.given:
+            raise BudgetError(
+                "no budget: give --bits 3.25 (average bits per weight), --size 80MB (whole checkpoint), --kl 0.1 (nats), "
+                "--latency 3ms (time of the linears), or several"
+            )
+        return together(limit(option, text) for option, text in self.given.items())
+
+    def budgets(self, step: str | None) -> list[Budget]:
+        """Budgets in the order of a range of --bits or --latency, each with the other limits; one if there is no range.
+
+        step: between two; a quarter of a bit, or an eighth of the range of times, if None. Raises `BudgetError` as `budget` does, or for a
+        range that is none.
+        """
+        ranges = [option for option, text in self.given.items() if ".." in text]
+        if not ranges:
+            return [self.budget()]
+        option = ranges[0]
+        if option not in ("--bits", "--latency") or len(ranges) > 1:
+            raise BudgetError(f"one of --bits and --latency may be a range, not {' and '.join(ranges)}")
+        if self.kl is not None:
+            raise BudgetError(f"--kl asks for the smallest model, {option} A..B for the least KL at each budget; give one of them")
+        rest = [limit(name, text) for name, text in self.given.items() if name != option]
+        found = rates(self.given[option], step or "0.25") if option == "--bits" else times(self.given[option], step)
+        return [together((*rest, each)) for each in found]
 
 
-def parse_budgets(bits: str | None, total: str | None, kl: str | None, step: str) -> list[Budget]:
-    """Budgets in the order of a range of --bits, each with the other limits; one if there is no range.
-
-    Raises `BudgetError` as `parse_budget` does, or for a range that is none.
-    """
-    if bits is None or ".." not in bits:
-        return [parse_budget(bits, total, kl)]
-    if kl is not None:
-        raise BudgetError("--kl asks for the smallest model, --bits A..B for the least KL at each size; give one of them")
-    size = None if total is None else limit("--size", total)
-    return [Budget(bits_per_weight=rate, total_bytes=size) for rate in rates(bits, step)]
+def together(budgets: Iterable[Budget]) -> Budget:
+    """The limits of all, of which each sets others."""
+    found: dict[str, Any] = {}
+    for budget in budgets:
+        found |= budget.limits | ({} if budget.seconds_per_token is None else {"batch": budget.batch})
+    return Budget(**found)
 
 
-def limit(option: str, text: str) -> Any:
-    """The value of one limit. Raises `BudgetError` if the text is one of another kind."""
+def limit(option: str, text: str) -> Budget:
+    """The budget of one limit. Raises `BudgetError` if the text is one of another kind."""
     kind = LIMITS[option]
     parsed = Budget.parse(text if any(letter.isalpha() for letter in text) else text + kind.unit)
-    if [field.name for field in fields(parsed) if getattr(parsed, field.name) is not None] != [kind.field]:
+    if list(parsed.limits) != [kind.field]:
         others = ", ".join(f"{name} takes {other.takes}" for name, other in LIMITS.items() if name != option)
         raise BudgetError(f"{option} {text} must be {kind.form}; {others}")
-    return getattr(parsed, kind.field)
+    return parsed
 
 
 def pick_device(name: str | None) -> str:

@@ -17,16 +17,14 @@ from torch._dynamo import list_backends, lookup_backend
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from qpc.budget import Budget
-from qpc.calibration import parse as parse_calibration
-from qpc.compiler import Options, build, decide, lowering, parse_rate
+from qpc.compiler import build, decide, lowering
 from qpc.errors import CaptureError, SettingsError
 from qpc.ir.program import Program
+from qpc.options import Options
 from qpc.passes.adopt import Adopt
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
-from qpc.quant.palette import Effort
 from qpc.settings import Settings
 
 LEGAL = (
@@ -38,7 +36,10 @@ LEGAL = (
     "rotation_block",
     "embeddings",
     "calibration",
+    "sensitivity",
     "tokenizer",
+    "gpu",
+    "batch",
     "inner",
 )
 CACHE = "_qpc_program"
@@ -56,29 +57,18 @@ class BackendOptions:
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None) -> "BackendOptions":
-        """Check the mapping that `torch.compile` passes on; raises `SettingsError` with the legal names."""
+        """Check the mapping that `torch.compile` passes on. Raises `SettingsError` with the legal names, and as `Options.of` does."""
         given = dict(options or {})
         unknown = sorted(given.keys() - set(LEGAL))
         if unknown:
             raise SettingsError(f"unknown option {unknown[0]!r} of the backend qpalette; known: {', '.join(LEGAL)}")
         if "budget" not in given:
             raise SettingsError('the backend qpalette needs a budget: torch.compile(model, backend="qpalette", options={"budget": 3.25})')
-        exclude = given.get("exclude", ())
-        parsed = Options(
-            budget=Budget.of(given["budget"]),
-            effort=Effort.parse(given.get("effort", Effort.DEFAULT)),
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
-            seed=int(given.get("seed", 0)),
-            same_quantizer_in_group=bool(given.get("same_quantizer_in_group", False)),
-            rotation_block=None if given.get("rotation_block") is None else int(given["rotation_block"]),
-            embeddings=parse_rate(given.get("embeddings")),
-            calibration=parse_calibration(given.get("calibration", "self"), tokenizer=given.get("tokenizer")),
-        )
-        inner = str(given.get("inner", "inductor"))
+        inner = str(given.pop("inner", "inductor"))
         known = [name for name in list_backends(None) if name != "qpalette"]
         if inner not in known:
             raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
-        return BackendOptions(parsed, inner)
+        return BackendOptions(Options.of(**given), inner)
 
 
 def qpalette(
@@ -87,7 +77,7 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `tokenizer` as in `qpc.compile`, and `inner`.
+        `sensitivity`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

@@ -5,7 +5,7 @@ Text that the model samples from itself needs no data set.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ LEAST_SEQUENCES = 32
 
 HELD_OUT = 8
 """One sequence in so many is held out."""
+
+EVENLY = 0.5
+"""Share of the importance of positions that all have alike. On SmolLM2-135M less error is left on held-out text than with 0, 0.2 or 1."""
 
 BATCH_INPUTS = 4096
 """Positions of one batch, at least one sequence; the activations of so many are in memory at once."""
@@ -95,11 +98,28 @@ Calibration = SelfSampled | Given
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a program with one input, in batches along the first axis, and others held out. description: where they come from."""
+    """Inputs of a program with one input, in batches along the first axis, and others held out.
+
+    description: where they come from. importance, held_out_importance: how much each position counts in the moments of each linear, if that
+    is known: for each batch, by name of the linear node, float32 [positions].
+    """
 
     batches: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
     description: str
+    importance: tuple[Mapping[str, Tensor], ...] | None = None
+    held_out_importance: tuple[Mapping[str, Tensor], ...] | None = None
+
+    def weighed(self, importance: Sequence[Mapping[str, Tensor]]) -> "Samples":
+        """The same with the importance of the positions of `batches` and then `held_out`.
+
+        Held-out positions count by their importance. For the others `EVENLY` of it is spread evenly: weights that differ much leave few
+        positions to fit a moment to, and other texts will find other ones important.
+        """
+        fit = importance[: len(self.batches)]
+        means = {name: torch.cat([batch[name] for batch in fit]).mean() for name in (fit[0] if fit else ())}
+        spread = tuple({name: torch.lerp(values, means[name], EVENLY) for name, values in batch.items()} for batch in fit)
+        return replace(self, importance=spread, held_out_importance=tuple(importance[len(self.batches) :]))
 
 
 def parse(

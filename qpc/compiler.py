@@ -2,73 +2,42 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qpc.budget import Budget
-from qpc.calibration import Calibration, SelfSampled, collect
-from qpc.calibration import parse as parse_calibration
+from qpc.budget import PS_PER_S, Budget
+from qpc.calibration import Samples, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
-from qpc.errors import ModelError, QpcError, SettingsError
+from qpc.errors import ModelError, QpcError
 from qpc.ir.annotation import Annotation, annotation
 from qpc.ir.program import Program
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule, tie
-from qpc.passes.allocate import Allocate
+from qpc.latency import LatencyModel
+from qpc.options import Options
 from qpc.passes.base import Pass
+from qpc.passes.calibrate import Calibrate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.embeddings import Embeddings
+from qpc.passes.feedbacks import Known
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
+from qpc.passes.shares import Shares
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
-from qpc.sensitivity import Sensitivities, check_finite
-from qpc.sensitivity_cache import estimated
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the result of a compilation, besides the model itself.
-
-    effort: how long the trellis windows are; better and slower to encode from FAST to MAX.
-    exclude: patterns (as in a shell) of module names that stay as they are.
-    seed: of the signs, the noise and the random tokens.
-    same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
-    rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
-        divides it. None is no limit.
-    embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
-    calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
-
-    Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
-    """
-
-    budget: Budget
-    effort: Effort = Effort.DEFAULT
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    same_quantizer_in_group: bool = False
-    rotation_block: int | None = None
-    embeddings: Fraction | None = None
-    calibration: Calibration | None = field(default_factory=SelfSampled)
-
-    def __post_init__(self) -> None:
-        if self.embeddings is not None:
-            default_palette(self.effort).at(self.embeddings)
-        if self.rotation_block is not None and self.rotation_block < 1:
-            raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
-
-    def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
-        """The pass that allocates with these options, within any budget."""
-        return Allocate(budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group)
+from qpc.sensitivity import Method, Sensitivities, check_finite
+from qpc.sensitivity_cache import Gradients, estimated, weighed
+from qpc.solver import Allocation
 
 
 def compile(
@@ -84,7 +53,10 @@ def compile(
     calibration: object = "self",
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
+    sensitivity: object = Method.GRADIENT,
     sensitivities: Sensitivities | None = None,
+    gpu: LatencyModel | Path | str | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> nn.Module:
     """Compress the linears of `model` to a budget, with the least predicted loss.
@@ -92,24 +64,34 @@ def compile(
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
         is not quantized is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
-        KL that the smallest model may have (`"0.1nats"`), several (`"4bit, 0.1nats"`), or a `Budget`.
+        KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
+        `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
-    sensitivities: as estimated before; by default they are estimated without data.
+    sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
+        model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
+    sensitivities: as estimated before, instead.
+    gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
+        `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
+        time that is predicted, where the budget limits none.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
     """
-    options = Options(
-        Budget.of(budget),
-        Effort.parse(effort),
-        tuple(exclude),
-        seed,
-        same_quantizer_in_group,
-        rotation_block,
-        parse_rate(embeddings),
-        parse_calibration(calibration, tokenizer=tokenizer),
+    options = Options.of(
+        budget,
+        effort=effort,
+        exclude=exclude,
+        seed=seed,
+        same_quantizer_in_group=same_quantizer_in_group,
+        rotation_block=rotation_block,
+        embeddings=embeddings,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        sensitivity=sensitivity,
+        gpu=gpu,
+        batch=batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     Pipeline(lowering(program)).run(program)
@@ -148,13 +130,10 @@ def captured(model: nn.Module, options: Options, example_inputs: tuple[Tensor, .
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
     group(program, options)
-    samples, remarks = collect(options.calibration, program, options.seed, progress)
-    program.remarks += remarks
-    program.calibration = None if samples is None else samples.description
-    sensitivities = prepare(program, options, sensitivities, progress)
+    prepared = prepare(program, options, sensitivities, progress)
     rest: tuple[Pass, ...] = (
-        options.allocate(options.budget, sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, samples),
+        options.allocate(options.budget, prepared.sensitivities),
+        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known),
     )
     Pipeline(rest).run(program)
     return program
@@ -172,30 +151,49 @@ def group(program: Program, options: Options) -> None:
     check_finite(program)
 
 
-def prepare(program: Program, options: Options, sensitivities: Sensitivities | None, progress: Progress = silent) -> Sensitivities:
-    """What an allocation needs to know: sensitivities, as given or estimated, and the size of embeddings, which are packed for that."""
+@dataclass(frozen=True)
+class Prepared:
+    """What allocation and rounding need to know: sensitivities, inputs of the calibration, and what feedback is expected to do."""
+
+    sensitivities: Sensitivities
+    samples: Samples | None
+    known: Known
+
+
+def prepare(
+    program: Program, options: Options, sensitivities: Sensitivities | None, progress: Progress = silent, *, rounds: bool = True
+) -> Prepared:
+    """Find that out for a program at GROUPED; its linears are annotated with the share of the error that feedback will leave.
+
+    Embeddings, if they are to be quantized, are packed, for their size counts. sensitivities: as given; None estimates them.
+    rounds: whether weights will be rounded; otherwise what is known from before is not made again.
+    """
+    samples, remarks = collect(options.calibration, program, options.seed, progress)
+    program.remarks += remarks
+    program.calibration = None if samples is None else samples.description
+    gradients = None if samples is None else Gradients(program, samples, options.seed, progress)
     if sensitivities is None:
-        sensitivities, remarks = estimated(program, options.seed, progress)
+        sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
         program.remarks += remarks
+    known = Known()
+    if samples is not None and gradients is not None:
+        settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
+        file = Shares.of(program, samples, settings)
+        known = file.read()
+        if options.weigh_positions and (rounds or not known.expected):
+            samples, remarks = weighed(gradients)
+            program.remarks += remarks
+        Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
+        file.write(known)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
-    return sensitivities
+    return Prepared(sensitivities, samples, known)
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:
     """The passes from QUANTIZED to LOWERED."""
     return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
-
-
-def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
-    """Bits per weight, exactly as written in decimals. Raises `SettingsError` for anything that is no number."""
-    if value is None or isinstance(value, Fraction):
-        return value
-    try:
-        return Fraction(str(value))
-    except ValueError as error:
-        raise SettingsError(f"embeddings={value!r} must be a number of bits per weight, such as 6 or 4.5") from error
 
 
 def irreplaceable(model: nn.Module) -> dict[str, str]:
@@ -251,7 +249,7 @@ def make_report(program: Program, options: Options) -> Report:
                 weight_bytes=stored,
                 distortion=note.distortion,
                 sensitivity=note.sensitivity,
-                remaining=note.remaining,
+                remaining=note.share if note.remaining is None else note.remaining,
                 group=note.group.members,
                 reason=None if note.quantizer is not None else "the allocation left it as it is",
                 budgeted=True,
@@ -278,6 +276,8 @@ def make_report(program: Program, options: Options) -> Report:
     packed = {note.site.weight: note for note in decisions.values() if note.quantizer is not None and note.site is not None}
     saved = sum(program.tensor(weight).nbytes - (note.weight_bytes or 0) for weight, note in packed.items())
     saved += sum(program.tensor(weight).nbytes - table.packed.nbytes for weight, table in program.tables.items())
+    timing, allocation = options.timing_within(options.budget), program.allocation
+    assert isinstance(allocation, Allocation), "the pass leaves it"
     predicted = sum((note.sensitivity or 0) * _felt(note) for note in packed.values())
     return Report(
         rows=tuple(rows),
@@ -289,14 +289,17 @@ def make_report(program: Program, options: Options) -> Report:
         model_bytes=before - saved,
         model_bytes_before=before,
         predicted_loss=predicted,
-        solver_gap=getattr(program.allocation, "gap", None),
+        solver_gap=allocation.gap,
+        gpu=None if timing is None else timing.model.title,
+        batch=None if timing is None else timing.batch,
+        latency_s=None if timing is None else allocation.cost.latency_ps / PS_PER_S,
     )
 
 
 def _felt(note: Annotation) -> float:
     """The relative squared error of a white error that would do as much harm as that of a quantized weight."""
     if note.remaining is None:
-        return note.distortion or 0.0
+        return (note.distortion or 0.0) * (1.0 if note.share is None else note.share)
     assert note.quantizer is not None
     return note.quantizer.distortion * note.remaining
 
@@ -307,4 +310,4 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in distinct.values())
 
 
-__all__ = ["Options", "QpcError", "build", "compile", "decide", "install", "report_of"]
+__all__ = ["QpcError", "build", "compile", "decide", "install", "report_of"]

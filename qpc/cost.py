@@ -1,6 +1,6 @@
 """What a quantizer costs on a linear: stored bytes, expected distortion, and time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Cost:
 class Weight:
     """A weight to store.
 
-    sensitivity: loss per unit of its relative squared error. kept_bytes: its size as it is, or None if it may not stay so.
+    sensitivity: loss per unit of the distortion of its quantizer. kept_bytes: its size as it is, or None if it may not stay so.
     """
 
     shape: LinearShape
@@ -64,20 +64,30 @@ class Choice:
     cost: Cost
 
 
-def choices(weights: Sequence[Weight], quantizers: Iterable[Quantizer]) -> tuple[Choice, ...]:
-    """The undominated ways to store all of these weights alike, by rising bytes: each quantizer that supports them all, or as they are."""
+def possible(
+    weights: Sequence[Weight], quantizers: Iterable[Quantizer], latency_ps: Callable[[Quantizer | None], int] | None = None
+) -> tuple[Choice, ...]:
+    """All the ways to store all of these weights alike: each quantizer that supports them all, and as they are if all may stay so.
+
+    latency_ps: time to run them all with a quantizer [ps]; None counts no time.
+    """
     found: list[Choice] = []
     for quantizer in (*quantizers, None):
         with suppress(QuantizerError):
-            costs = (weight.cost(quantizer).weighted(weight.sensitivity) for weight in weights)
-            found.append(Choice(quantizer, sum(costs, start=Cost(0, 0.0))))
-    return undominated(found)
+            cost = sum((weight.cost(quantizer).weighted(weight.sensitivity) for weight in weights), start=Cost(0, 0.0))
+            found.append(Choice(quantizer, cost if latency_ps is None else cost + Cost(0, 0.0, latency_ps(quantizer))))
+    return tuple(found)
+
+
+def choices(weights: Sequence[Weight], quantizers: Iterable[Quantizer]) -> tuple[Choice, ...]:
+    """The undominated ways to store all of these weights alike, by rising bytes: each quantizer that supports them all, or as they are."""
+    return undominated(possible(weights, quantizers))
 
 
 def undominated(found: Iterable[Choice]) -> tuple[Choice, ...]:
-    """Choices by rising bytes and strictly falling distortion; of equal ones the first is kept."""
+    """Choices by rising bytes, none of which another equals or betters in bytes, distortion and time together; of equal ones the first."""
     kept: list[Choice] = []
-    for choice in sorted(found, key=lambda choice: (choice.cost.weight_bytes, choice.cost.distortion)):
-        if not kept or choice.cost.distortion < kept[-1].cost.distortion:
+    for choice in sorted(found, key=lambda choice: (choice.cost.weight_bytes, choice.cost.distortion, choice.cost.latency_ps)):
+        if not any(k.cost.distortion <= choice.cost.distortion and k.cost.latency_ps <= choice.cost.latency_ps for k in kept):
             kept.append(choice)
     return tuple(kept)

@@ -28,6 +28,10 @@ class BudgetError(QpcError):
     """The budget is malformed, or no allocation fits it."""
 
 
+class ProfileError(QpcError):
+    """A latency profile is malformed, or has no times for what is asked."""
+
+
 class SolverError(QpcError):
     """The solver ended without a usable answer."""
 

@@ -14,6 +14,9 @@ from qpc.quant.moment import Moment
 ROWS_AT_ONCE = 8192
 """Inputs that are converted and multiplied at a time; bounds the memory of the temporaries."""
 
+Importance = Sequence[Mapping[str, Tensor]]
+"""How much each position counts: for each batch, by name of the linear node, [positions] from 0."""
+
 MEMORY_SHARE = 0.25
 """Share of the free memory of a GPU that live values of waiting batches may take before they wait on the CPU."""
 
@@ -32,17 +35,21 @@ class MomentStream:
         batches: Sequence[Tensor],
         held_out: Sequence[Tensor] = (),
         *,
+        importance: Importance | None = None,
+        held_out_importance: Importance | None = None,
         sequential: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """A stream at the beginning of the graph.
 
-        program: CANONICAL or later, not lowered, with one input. batches, held_out: values of that input. sequential: whether `replace`
+        program: CANONICAL or later, not lowered, with one input. batches, held_out: values of that input. importance,
+        held_out_importance: how much each position counts in the moments; alike if it is not given. sequential: whether `replace`
         has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32 or float64.
         """
         self._program = program
-        self._device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+        self._device = program.device
         self._walks = [[Walk(program, (batch.to(self._device),)) for batch in part] for part in (batches, held_out)]
+        self._importance = (importance, held_out_importance)
         self._order = {node: position for position, node in enumerate(program.graph.nodes)}
         self._weights: dict[fx.Node, Tensor] = {}
         self._sequential = sequential
@@ -56,7 +63,7 @@ class MomentStream:
         of them in the graph, and a copy of it looks ahead to the others, with the weights as they are replaced now.
         """
         ordered = sorted(nodes, key=self._order.__getitem__)
-        fit, held_out = (self._summed(walks, ordered) for walks in self._walks)
+        fit, held_out = (self._summed(walks, ordered, counts) for walks, counts in zip(self._walks, self._importance, strict=True))
         assert fit is not None, "a stream has batches"
         self._forget(ordered[0])
         return replace(fit, held_out=held_out)
@@ -69,21 +76,27 @@ class MomentStream:
                 assert site is not None
                 self._weights[node] = weight.to(self._device, self._program.tensor(site.weight).dtype)
 
-    def _summed(self, walks: list[Walk], nodes: list[fx.Node]) -> Moment | None:
+    def _summed(self, walks: list[Walk], nodes: list[fx.Node], importance: Importance | None) -> Moment | None:
         total: Tensor | None = None
-        count = 0
+        count, weight = 0, 0.0
         parked = self._crowded(walks)
-        for walk in walks:
+        for batch, walk in enumerate(walks):
             walk.move(self._device)
             for number, node in enumerate(nodes):
                 value = (walk if number == 0 else walk.fork()).input_of(node, self._weights)
-                for rows in value.reshape(-1, value.shape[-1]).split(ROWS_AT_ONCE):
+                flat = value.reshape(-1, value.shape[-1])
+                counts = torch.ones(len(flat)) if importance is None else importance[batch][node.name]
+                for rows, share in zip(torch.split(flat, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True):
                     wide = rows.to(self._dtype)
-                    total = wide.t() @ wide if total is None else total.addmm_(wide.t(), wide)
+                    weighted = wide if importance is None else wide * share.to(wide)[:, None]
+                    total = weighted.t() @ wide if total is None else total.addmm_(weighted.t(), wide)
                     count += len(rows)
+                weight += float(counts.sum(dtype=torch.float64))
             if parked:
                 walk.move(torch.device("cpu"))
-        return None if total is None or count == 0 else Moment(total / count, count)
+        if total is None or count == 0:
+            return None
+        return Moment(total / weight if weight > 0 else total, count)
 
     def _crowded(self, walks: list[Walk]) -> bool:
         """Whether the values with which walks wait are too many for the memory of the GPU."""

@@ -1,11 +1,13 @@
 """A plan for people: a table of its points, and a summary of one."""
 
+from collections.abc import Iterator
+
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from qpc.planner import Plan, Point, Use
-from qpc.report import quiet_table, size
+from qpc.report import duration, quiet_table, size, speed
 from qpc.sensitivity import Loss
 
 
@@ -15,6 +17,8 @@ def points_table(plan: Plan) -> RenderableType:
     table.add_column("budget", no_wrap=True)
     for title in ("bits", "model", loss_title(plan.loss), "above bound", "gap"):
         table.add_column(title, justify="right", no_wrap=True)
+    if plan.gpu is not None:
+        table.add_column("time", justify="right", no_wrap=True)
     table.add_column("bits of the quantizers")
     for point in plan.points:
         table.add_row(
@@ -24,6 +28,7 @@ def points_table(plan: Plan) -> RenderableType:
             f"{point.predicted_loss:.4g}",
             above_bound(point),
             gap(point),
+            *([] if point.latency_s is None else [duration(point.latency_s)]),
             Text(mixture(point.uses)),
         )
     return table
@@ -39,6 +44,8 @@ def point_summary(plan: Plan, point: Point) -> RenderableType:
     table.add_row("model", f"{size(plan.model_bytes_before)} -> {size(point.model_bytes)}, {ratio:.2f}x smaller")
     table.add_row("linears", f"{plan.weights / 1e6:.1f} M weights, {point.bits_per_weight:.3f} bits per weight, {size(point.weight_bytes)}")
     table.add_row("predicted", f"{loss_title(plan.loss)} {point.predicted_loss:.4g}{' nats per token' if plan.loss is Loss.KL else ''}")
+    if point.latency_s is not None and point.batch is not None:
+        table.add_row("time", Text(f"{speed(point.latency_s, point.batch)}: these linears alone, predicted for {plan.gpu}"))
     table.add_row("bound", f"{point.bound:.4g} with ideal Gaussian quantizers; the plan lies {above_bound(point)} above")
     table.add_row("solver", "optimal" if point.solver_gap <= 1e-6 else f"within {point.solver_gap:.2%} of the optimum")
     for use in point.uses:
@@ -47,9 +54,17 @@ def point_summary(plan: Plan, point: Point) -> RenderableType:
     return table
 
 
-def note(plan: Plan) -> str:
-    """What the predictions leave out."""
-    return f"predicted {loss_title(plan.loss)} counts no error feedback, which a compile has by default and which lowers it"
+def notes(plan: Plan) -> Iterator[str]:
+    """What the predictions rest on, and what they leave out."""
+    feedback = f"with error feedback ({plan.calibration})" if plan.calibration is not None else "without error feedback"
+    linearity = "" if plan.linearity is None else f"; {plan.linearity}"
+    yield f"{loss_title(plan.loss)} predicted {feedback}; sensitivities: {plan.sensitivity}{linearity}"
+    if plan.gpu is not None:
+        batches = " and ".join(sorted({str(point.batch) for point in plan.points}))
+        yield (
+            f"times are those of the linears that may be quantized in a step at batch {batches}, predicted for {plan.gpu}; "
+            "attention, norms, embeddings, output heads and what is excluded come on top"
+        )
 
 
 def loss_title(loss: Loss) -> str:

@@ -54,6 +54,8 @@ class Report:
     budget, effort, seed: what was asked for, as text. calibration: the inputs behind error feedback, in words, or None.
     model_bytes_before, model_bytes: all parameters, as given and as stored.
     predicted_loss: nats of KL per token that the sensitivities predict. solver_gap: relative distance to the proven optimum.
+    gpu, batch, latency_s: predicted time of the linears that may be quantized in one step of so many sequences, and where; None if no GPU
+        was named. The rest of the model is not in it.
     """
 
     rows: tuple[ReportRow, ...]
@@ -66,6 +68,9 @@ class Report:
     model_bytes_before: int
     predicted_loss: float | None
     solver_gap: float | None
+    gpu: str | None = None
+    batch: int | None = None
+    latency_s: float | None = None
 
     @property
     def quantized(self) -> tuple[ReportRow, ...]:
@@ -101,8 +106,11 @@ class Report:
 
     @staticmethod
     def from_json(value: object) -> "Report":
-        """The inverse of `to_json`. Raises `CheckpointError` for a missing, unknown or ill-typed field."""
-        entries = checked(value, REPORT_FIELDS, "report")
+        """The inverse of `to_json`; `TIMES` may be missing, as in earlier reports.
+
+        Raises `CheckpointError` for another missing field, and for an unknown or ill-typed one.
+        """
+        entries = checked(dict.fromkeys(TIMES) | value if isinstance(value, dict) else value, REPORT_FIELDS, "report")
         rows = []
         for index, entry in enumerate(entries["rows"]):
             row = checked(entry, ROW_FIELDS, f"report.rows[{index}]")
@@ -137,7 +145,12 @@ REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "model_bytes_before": (int,),
     "predicted_loss": (*NUMBER, NONE),
     "solver_gap": (*NUMBER, NONE),
+    "gpu": (str, NONE),
+    "batch": (int, NONE),
+    "latency_s": (*NUMBER, NONE),
 }
+TIMES = ("gpu", "batch", "latency_s")
+"""Fields that a report of before they were predicted does not have."""
 assert list(ROW_FIELDS) == [field.name for field in fields(ReportRow)]
 assert list(REPORT_FIELDS) == [field.name for field in fields(Report)]
 
@@ -292,6 +305,8 @@ def summary(report: Report) -> RenderableType:
     table.add_row("calibration", Text(report.calibration or "none: weights are rounded without error feedback"))
     if report.predicted_loss is not None:
         table.add_row("predicted", f"KL {report.predicted_loss:.4f} nats per token")
+    if report.latency_s is not None and report.batch is not None:
+        table.add_row("time", Text(f"{speed(report.latency_s, report.batch)}: these linears alone, predicted for {report.gpu}"))
     if report.solver_gap is not None:
         table.add_row("solver", "optimal" if report.solver_gap <= 1e-6 else f"within {report.solver_gap:.2%} of the optimum")
     for kind, count in fused(report).most_common():
@@ -316,6 +331,16 @@ def remarks(report: Report) -> RenderableType:
         kinds.setdefault(re.sub(r"\d+", "#", ": ".join(remark.split(": ")[:3])), []).append(remark)
     lines = [Text(same[0] if len(same) == 1 else f"{same[0]}  (and {len(same) - 1} like it)") for same in kinds.values()]
     return Group(*(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else Text("")
+
+
+def duration(seconds: float) -> str:
+    """Seconds with four digits: 3.142 ms, 31.42 us."""
+    return f"{1e3 * seconds:#.4g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:#.4g} us"
+
+
+def speed(seconds: float, batch: int) -> str:
+    """A step of a batch: 3.142 ms per token at batch 8, 2546 tokens/s."""
+    return f"{duration(seconds)} per token at batch {batch}, {batch / seconds:.0f} tokens/s"
 
 
 def size(count: float) -> str:

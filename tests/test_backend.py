@@ -7,8 +7,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import qpc
 from qpc import backend
-from qpc.errors import BudgetError, SettingsError
+from qpc.errors import BudgetError, ProfileError, SettingsError
 from qpc.ir.annotation import annotation
+from qpc.latency import latency_of
+from qpc.options import Options
+from qpc.sensitivity import Method
 from tests.compiled import BUDGET, DEVICES, TOKENS, compiled_pair, logits
 from tests.families import FAMILIES
 
@@ -121,11 +124,27 @@ def test_graph_without_linears() -> None:
         ({"budget": 3, "bits": 4}, "'bits'.*known: budget"),
         ({"budget": 3, "calibration": "nowhere"}, "neither 'self' nor 'none'"),
         ({"budget": 3, "inner": "nonsense"}, "unknown inner backend"),
+        ({"budget": 3, "batch": 0}, "batch=0 must be positive"),
+        ({"budget": 3, "sensitivity": "none"}, "must be one of"),
+        ({"budget": "3ms", "gpu": "abacus"}, "neither a known GPU"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises((SettingsError, ProfileError), match=message):
         backend.BackendOptions.parse(options)
+
+
+def test_a_gpu_is_an_option() -> None:
+    options = backend.BackendOptions.parse({"budget": "4bit, 3ms@8", "gpu": "h100"}).options
+    timing = options.timing_within(options.budget)
+    assert timing is not None and (timing.model, timing.batch) == (latency_of("h100"), 8)
+
+
+def test_options_mean_what_they_mean_to_a_compile() -> None:
+    given = {"exclude": "*.down_proj", "embeddings": 6, "calibration": None, "sensitivity": "random", "gpu": "h100", "batch": 4}
+    assert backend.BackendOptions.parse({"budget": 3, **given}).options == Options.of("3bit", **given)  # type: ignore[arg-type]
+    found = Options.of(3, sensitivity="random", exclude="*.down_proj")
+    assert (found.sensitivity.method, found.exclude, found.latency) == (Method.RANDOM, ("*.down_proj",), None)
 
 
 def test_errors_reach_the_user() -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import qpc
 from qpc.__main__ import main
 from qpc.terminal import ProgressBars
+from tests.latency.tables import file, of_palette
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ def compiled(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         main(["compile", str(tiny_directory), "-o", str(output), "--bits", "3.25", "--effort", "fast"])
     assert caught.value.code == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latency table."""
+    path = tmp_path_factory.mktemp("gpu") / "toy.json"
+    path.write_text(json.dumps(file(of_palette())))
+    return path
 
 
 @pytest.fixture
@@ -106,6 +116,17 @@ def test_compile_keeps_a_predicted_loss_with_the_smallest_model(run: Run, tiny_d
     assert sizes[0] < sizes[1]
 
 
+def test_compile_keeps_a_time(run: Run, tiny_directory: Path, tmp_path: Path, gpu: Path) -> None:
+    options = ("--latency", "26us@4", "--gpu", gpu, "--effort", "fast", "--calibration", "none")
+    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", *options, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert (result["budget"], result["batch"], result["gpu"]) == ("0.026ms@4", 4, "NVIDIA Toy, measured")
+    assert 0 < result["latency_s"] <= 26e-6
+    shown = run("inspect", tmp_path / "out")
+    assert "us per token at batch 4" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+
+
 def test_excluded_linears_stay(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     pattern = "*.down_proj"
     outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast", "--exclude", pattern, "--json")
@@ -145,7 +166,7 @@ def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path,
 
 def test_plan_draws_a_falling_curve(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     picture = tmp_path / "pareto.png"
-    arguments = ("plan", tiny_directory, "--bits", "2.5..4", "--step", "0.5", "--effort", "fast")
+    arguments = ("plan", tiny_directory, "--bits", "2.5..4", "--step", "0.5", "--effort", "fast", "--calibration-tokens", "512")
     outcome = run(*arguments, "--plot", picture, "--json")
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     points = json.loads(outcome.out)["points"]
@@ -155,16 +176,31 @@ def test_plan_draws_a_falling_curve(run: Run, tiny_directory: Path, tmp_path: Pa
     assert picture.read_bytes().startswith(b"\x89PNG")
     table = run(*arguments)
     assert [line.split()[0] for line in table.out.splitlines()[:5]] == ["budget", "2.5bit", "3bit", "3.5bit", "4bit"]
-    assert "error feedback" in table.out
+    assert "with error feedback" in table.out
+    assert "sensitivities: gradient; 14 of 14 checked linears are linear" in " ".join(table.out.split())
     assert "\x1b" not in table.out and max(map(len, table.out.splitlines())) <= 80
+
+
+def test_plan_shows_times_where_there_is_a_gpu(run: Run, tiny_directory: Path, tmp_path: Path, gpu: Path) -> None:
+    arguments = ("plan", tiny_directory, "--effort", "fast", "--gpu", gpu)
+    outcome = run(*arguments, "--latency", "25us..29us", "--step", "2us", "--batch", "8", "--plot", tmp_path / "times.png", "--json")
+    assert (outcome.code, outcome.err) == (0, ""), outcome.err
+    points = json.loads(outcome.out)["points"]
+    assert [point["budget"] for point in points] == ["0.025ms@8", "0.027ms@8", "0.029ms@8"]
+    assert all(point["latency_s"] <= limit and point["batch"] == 8 for point, limit in zip(points, (25e-6, 27e-6, 29e-6), strict=True))
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    for budget in (("--bits", "3..4", "--step", "1"), ("--latency", "26us")):
+        shown = run(*arguments, *budget)
+        assert " us" in shown.out and "come on top" in shown.out and max(map(len, shown.out.splitlines())) <= 80, shown.out
 
 
 def test_a_plan_is_what_a_compile_does(run: Run, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPC_CACHE", str(tmp_path / "cache"))
-    budget = ("--bits", "4", "--kl", "0.0001", "--effort", "fast")
+    budget = ("--bits", "4", "--kl", "0.0001", "--effort", "fast", "--calibration", "none", "--sensitivity", "random")
     planned = json.loads(run("plan", tiny_directory, *budget, "--json").out)
+    assert (planned["sensitivity"], planned["calibration"]) == ("random", None) and planned["linearity"]["growth"]
     (kept,) = (tmp_path / "cache").iterdir()
-    options = (*budget, "--calibration", "none", "--json")
+    options = (*budget, "--json")
     for given in ((), ("--sensitivities", kept)):
         made = json.loads(run("compile", tiny_directory, "-o", tmp_path / "out", "--overwrite", *options, *given).out)
         for of_plan, of_compile in zip(planned["report"]["rows"], made["rows"], strict=True):
@@ -173,6 +209,12 @@ def test_a_plan_is_what_a_compile_does(run: Run, tiny_directory: Path, tmp_path:
         assert planned["points"][0]["model_bytes"] == made["model_bytes"]
     shown = run("plan", tiny_directory, *budget, "--sensitivities", kept)
     assert "q_proj" in shown.out and "4bit, 0.0001nats" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_time_without_a_gpu_says_what_to_do(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    refused(run("plan", tiny_directory, "--latency", "3ms"), "this machine has none", "h100", "python -m benchmarks profile")
+    refused(run("compile", tiny_directory, "-o", tmp_path / "out", "--latency", "3ms"), "this machine has none")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +230,16 @@ def test_a_plan_is_what_a_compile_does(run: Run, tiny_directory: Path, tmp_path:
         (("--bits", "0.5..3"), ("0.5bit", "smallest feasible")),
         (("--bits", "2..3", "--size", "10kB"), ("10kB", "smallest feasible")),
         (("--kl", "0.00001", "--size", "85kB"), ("85kB", "cannot be kept", "least feasible KL", "smallest feasible size")),
+        (("--latency", "3ms..1ms..2ms", "--gpu", "h100"), ("no range of times",)),
+        (("--latency", "1ms..2ms", "--bits", "2..3"), ("one of --bits and --latency",)),
+        (("--latency", "1ms..2ms", "--kl", "0.1"), ("--kl", "one of them")),
+        (("--latency", "3ms@8", "--batch", "4"), ("3ms@8 names the batch", "--batch 4")),
+        (("--latency", "3bit"), ("--latency 3bit", "a time such as 3ms", "--bits takes bits")),
+        (("--bits", "3ms"), ("--latency takes a time",)),
+        (("--latency", "1us", "--gpu", "h100"), ("0.001ms cannot be kept", "least feasible time of the linears is")),
+        (("--latency", "1us", "--gpu", "h100", "--size", "10kB"), ("on its own", "smallest feasible size", "least feasible time")),
+        (("--bits", "3", "--gpu", "abacus"), ("'abacus'", "h100", "python -m benchmarks profile")),
+        (("--bits", "3", "--gpu", __file__), ("cannot be read as a latency profile",)),
         (("--bits", "3", "--sensitivities", "nowhere.json"), ("nowhere.json cannot be read",)),
         (("--bits", "3", "--sensitivities", __file__), ("no sensitivities",)),
     ],
@@ -247,6 +299,7 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
         (("--bits", "2", "--kl", "0.000001"), ("2bit, 0.000001nats", "cannot be kept", "least feasible KL", "smallest feasible size")),
         (("--bits", "0.5"), ("below the palette", "smallest feasible")),
         (("--size", "10kB"), ("smallest feasible",)),
+        (("--latency", "3"), ("--latency 3", "3ms@8")),
         (("--bits", "4", "--effort", "heroic"), ("heroic", "fast", "max")),
         (("--bits", "4", "--exclude", "*"), ("no linear layers",)),
         (("--bits", "4", "--device", "abacus"), ("--device abacus",)),

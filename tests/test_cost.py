@@ -57,3 +57,16 @@ def test_costs_add_and_weigh(first: Cost, second: Cost, sensitivity: float) -> N
     total = (first + second).weighted(sensitivity)
     assert total.weight_bytes == first.weight_bytes + second.weight_bytes
     assert total.distortion == sensitivity * (first.distortion + second.distortion)
+
+
+TIMED = st.builds(Cost, st.integers(0, 5), st.integers(0, 5).map(float), st.integers(0, 5))
+
+
+@given(st.lists(TIMED, max_size=12))
+def test_what_is_left_out_is_matched_in_time_too(costs: list[Cost]) -> None:
+    def matches(kept: Cost, cost: Cost) -> bool:
+        return kept.weight_bytes <= cost.weight_bytes and kept.distortion <= cost.distortion and kept.latency_ps <= cost.latency_ps
+
+    kept = [choice.cost for choice in undominated(Choice(ToyQuantizer(i + 1), cost) for i, cost in enumerate(costs))]
+    assert all(any(matches(each, cost) for each in kept) for cost in costs)
+    assert not any(matches(a, b) for a, b in itertools.permutations(kept, 2))

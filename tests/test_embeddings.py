@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import qpc
 from qpc import checkpoint
 from qpc.budget import Budget
-from qpc.compiler import Options, build, lowering
+from qpc.compiler import build, lowering
 from qpc.errors import CheckpointError, QuantizerError, SettingsError, VerifierError
 from qpc.ir.printer import to_json, to_text
 from qpc.ir.verifier import verify
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
 from qpc.kernels.packed_module import PackedModule
+from qpc.options import Options
 from qpc.passes.embeddings import lookup_scale
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from qpc.capture import capture
-from qpc.ir.annotation import annotation
+from qpc.ir.annotation import annotation, site_of
 from qpc.ir.program import Program
 from qpc.moments import MomentStream
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
-from qpc.passes.quantize import site_of
 from tests.families import FAMILIES, grouped, model, tokens
 from tests.ir.test_walk import InPlace
 

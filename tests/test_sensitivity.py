@@ -1,7 +1,10 @@
 """Sensitivities: against a plain perturbed copy of the model, against a case with a known answer, and what must be refused."""
 
 import copy
+import json
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
 from qpc.ir.random_inputs import random_inputs
 from qpc.passes.canonicalize import Canonicalize
-from qpc.sensitivity import Loss, Sensitivities, check_finite, estimate, perturbed
+from qpc.sensitivity import Journal, Loss, Method, Sensitivities, by_gradient, check_finite, checked, estimate, perturbed
+from qpc.sensitivity.gradient import Backward
 from tests.families import FAMILIES, VOCABULARY
 
 
@@ -115,7 +119,7 @@ def test_every_site_has_a_value_and_progress_ends() -> None:
 
 def test_given_tokens_are_used() -> None:
     tokens = random_inputs(family("llama"), batch=2, length=8, seed=5)
-    given, drawn = (estimate(family("llama"), inputs=given, batch=2, length=8, seed=5) for given in (tokens, None))
+    given, drawn = (estimate(family("llama"), inputs=given, batch=2, length=8, seed=5, method=Method.GIVEN) for given in (tokens, None))
     assert given == drawn
 
 
@@ -183,3 +187,142 @@ def test_a_model_without_linears_is_refused() -> None:
     program = canonical(nn.Sequential(nn.LayerNorm(8)), torch.zeros(2, 8))
     with pytest.raises(ModelError, match="no linear"):
         estimate(program)
+
+
+def relative(one: Sensitivities, other: Sensitivities) -> float:
+    """Standard deviation of the logarithm of the ratio of two estimates."""
+    ratios = torch.tensor([one.values[name] / other.values[name] for name in one.values]).log()
+    return float(ratios.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_gradients_estimate_what_small_noise_finds(name: str) -> None:
+    program = family(name)
+    (tokens,) = random_inputs(program, batch=48, length=32, seed=0)
+    by_noise = estimate(program, inputs=(tokens,), rounds=24, noise=1e-3)
+    found, _ = by_gradient(program, torch.split(tokens, 2))
+    assert (found.loss, found.tokens, found.noise, found.method) == (Loss.KL, tokens.numel(), 0.0, Method.GRADIENT)
+    assert list(found.values) == list(by_noise.values)
+    assert relative(found, by_noise) < 0.15
+    assert sum(found.values.values()) == pytest.approx(sum(by_noise.values.values()), rel=0.05)
+
+
+def test_gradients_of_an_output_that_is_no_distribution() -> None:
+    program = canonical(Chain(), torch.zeros(2, 96))
+    rows = torch.randn(64, 4, 96, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
+    found, _ = by_gradient(program, torch.split(rows, 4))
+    assert found.loss is Loss.RELATIVE_ERROR
+    assert found.values["first"] == pytest.approx(1, rel=0.1)
+    assert found.values["last"] == pytest.approx(1, rel=0.1)
+    assert 1.5 < found.values["shared"] < 4.5, "the gradients of both uses of the shared weight are added"
+
+
+def test_importance_gives_the_sensitivity_back_where_positions_do_not_meet() -> None:
+    """Each row of the input goes through by itself, so a_l is half the mean of q |x|^2 over the number of inputs."""
+    program = canonical(Chain(), torch.zeros(2, 96))
+    rows = torch.randn(2048, 96, generator=torch.Generator().manual_seed(1))
+    found, (importance,) = by_gradient(program, [rows])
+    first = next(iter(program.linears()))
+    assert importance[first.name].shape == (2048,)
+    local = float((importance[first.name] * rows.square().sum(dim=1)).sum()) / (2 * 96 * 2048)
+    assert local == pytest.approx(found.values["first"], rel=0.15)
+
+
+def test_importance_is_of_each_position_and_batch() -> None:
+    program = family("llama")
+    batches = [random_inputs(program, batch=batch, length=length, seed=0)[0] for batch, length in ((3, 16), (2, 24))]
+    _, importance = by_gradient(program, batches)
+    for values, batch in zip(importance, batches, strict=True):
+        assert set(values) == {node.name for node in program.linears()}
+        assert all(value.shape == (batch.numel(),) and bool((value >= 0).all()) and float(value.sum()) > 0 for value in values.values())
+
+
+def test_passes_backwards_leave_the_model_alone_and_are_known_by_their_number() -> None:
+    program = family("llama")
+    (tokens,) = random_inputs(program, batch=24, length=64, seed=0)
+    seen: dict[int, Backward] = {}
+
+    def recall(number: int, make: Callable[[], Backward]) -> Backward:
+        return seen.setdefault(number, make())
+
+    found, _ = by_gradient(program, [tokens], recall=recall)
+    assert len(seen) > 1
+    assert by_gradient(program, [tokens], recall=lambda number, make: seen[number])[0] == found
+    assert by_gradient(program, [tokens], seed=1)[0] != found
+    assert all(parameter.grad is None for parameter in program.module.parameters())
+
+
+def test_an_output_without_gradient_is_refused() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.only(x).detach() + 1
+
+    with pytest.raises(ModelError, match="Steps cannot be differentiated"):
+        by_gradient(canonical(Steps(), torch.zeros(2, 16)), [torch.randn(4, 16)])
+
+
+def test_an_interrupted_estimate_goes_on_where_it_was(tmp_path: Path) -> None:
+    program, path = family("llama"), tmp_path / "some" / "journal"
+    whole = estimate(program, length=8)
+    journal = Journal.open(path)
+
+    def interrupt(task: str, done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate(program, length=8, journal=journal, progress=interrupt)
+    journal.close()
+    path.write_text(path.read_text()[:-5])
+    kept = Journal.open(path)
+    before = len(path.read_text().splitlines())
+    assert before > 5
+    assert estimate(program, length=8, journal=kept) == whole
+    kept.close()
+    measured = [json.loads(line) for line in path.read_text().splitlines() if line and line.endswith("]")]
+    assert len({name for name, _ in measured}) == 3 * len(whole.values)
+    assert len(measured) == len({name for name, _ in measured}), "nothing was measured twice, but for the line that was cut off"
+    kept.discard()
+    assert not path.exists()
+
+
+def test_a_journal_is_believed() -> None:
+    program, journal = family("llama"), Journal()
+    estimate(program, batch=1, length=8, journal=journal)
+    name = next(iter(program.linears()))
+    weight = annotation(name).site
+    assert weight is not None
+    journal["noise", 0.02, 0, 0, weight.weight] = 1.0
+    assert estimate(program, batch=1, length=8, journal=journal).values[weight.name] == 1 / 0.02
+
+
+class Bent(nn.Module):
+    """The error of `straight` costs in proportion; that of `bent`, once it is as large as a small threshold, much more."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.straight, self.bent = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.register_buffer("exact", self.bent.weight.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        off = self.bent(x) - x @ self.exact.t()
+        return self.straight(x) + off + 30 * off * off
+
+
+def test_what_is_not_linear_is_found_and_protected() -> None:
+    program = canonical(Bent(), torch.zeros(2, 64))
+    rows = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    found, _ = by_gradient(program, [rows])
+    safe = checked(program, found, (rows,))
+    assert safe.linearity is not None
+    assert safe.linearity.growth["straight"] == pytest.approx(1, abs=0.01)
+    assert safe.linearity.growth["bent"] > 2 and set(safe.linearity.broken) == {"bent"}
+    assert safe.values["straight"] == found.values["straight"]
+    assert safe.values["bent"] == pytest.approx(found.values["bent"] * safe.linearity.growth["bent"])
+    assert "1 of 2" in str(safe.linearity) and "bent" in str(safe.linearity)
+    assert Sensitivities.from_json(safe.to_json()) == safe

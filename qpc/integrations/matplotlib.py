@@ -1,8 +1,11 @@
-"""The picture of a plan: predicted loss against the size of the checkpoint."""
+"""The picture of a plan: predicted loss against the size of the checkpoint, and against the time of the linears."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpc.budget import Budget
 from qpc.errors import UsageError
 from qpc.planner import Plan, Point
 from qpc.sensitivity import Loss
@@ -25,50 +28,85 @@ def check_picture(path: Path) -> None:
 def draw_plan(plan: Plan, path: Path, title: str) -> None:
     """Draw the points of a plan, with one quantizer for all linears and ideal Gaussian quantizers beside them.
 
+    If the plan has times, a second picture beside it is drawn against them.
+
     Raises `UsageError` if the file cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    unit, name = (1e9, "GB") if plan.model_bytes_before >= 2e9 else (1e6, "MB") if plan.model_bytes_before >= 2e6 else (1e3, "kB")
-    points = sorted((point for point in plan.points if point.predicted_loss > 0), key=lambda point: point.model_bytes)
-    singles = _within(plan.singles, points)
-    sizes = [point.model_bytes / unit for point in points]
-    axes.plot(sizes, [point.bound for point in points], "--", color="#8d8d8d", linewidth=1.4, label="bound: ideal Gaussian quantizers")
-    axes.plot(*_curve(singles, unit), "s", color="#78a9ff", markersize=5, label="one quantizer for all linears")
-    axes.plot(*_curve(points, unit), "o-", color="#0f62fe", markersize=4.5, linewidth=1.8, label="plan")
+    figure = Figure(figsize=(7 if plan.gpu is None else 11.5, 4.2), layout="constrained")
+    size_axes, *time_axes = figure.subplots(1, 1 if plan.gpu is None else 2, sharey=True, squeeze=False)[0]
+    by_size = _unit(plan.model_bytes_before, "size of the checkpoint", {"GB": 1e9, "MB": 1e6, "kB": 1e3}, lambda point: point.model_bytes)
+    for_time = all(Budget.parse(point.budget).latency_ps is not None for point in plan.points)
+    _draw(size_axes, plan, by_size, "plan, chosen for its time" if for_time else "plan")
+    for axes in time_axes:
+        longest = max(point.latency_s or 0.0 for point in plan.points)
+        batch = plan.points[0].batch
+        by_time = _unit(
+            longest, f"time of the linears at batch {batch}, {plan.gpu}", {"ms": 1e-3, "us": 1e-6}, lambda point: point.latency_s or 0.0
+        )
+        _draw(axes, plan, by_time, "plan" if for_time else "plan, chosen for its size", bound=False)
     loss = "predicted KL, nats per token" if plan.loss is Loss.KL else "predicted relative error of the output"
-    axes.set(yscale="log", xlabel=f"size of the checkpoint, {name}", ylabel=loss)
-    axes.set_title(f"{title}, without error feedback", loc="left", fontsize=10.5)
+    size_axes.set(yscale="log", ylabel=loss)
+    size_axes.set_title(f"{title}, without error feedback", loc="left", fontsize=10.5)
 
     def to_bits(size: Any) -> Any:
-        return 8 * (size * unit - plan.other_bytes) / plan.weights
+        return 8 * (size * by_size.unit - plan.other_bytes) / plan.weights
 
     def to_size(rate: Any) -> Any:
-        return (plan.other_bytes + rate * plan.weights / 8) / unit
+        return (plan.other_bytes + rate * plan.weights / 8) / by_size.unit
 
-    bits = axes.secondary_xaxis("top", functions=(to_bits, to_size))
+    bits = size_axes.secondary_xaxis("top", functions=(to_bits, to_size))
     bits.set_xlabel("bits per weight of the linears", fontsize=9)
     bits.xaxis.set_major_formatter(ScalarFormatter())
-    axes.grid(which="major", alpha=0.25)
-    axes.spines[["right"]].set_visible(False)
-    axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _within(singles: tuple[Point, ...], points: list[Point]) -> list[Point]:
-    """The single quantizers of sizes that the points span, with a little on either side."""
+@dataclass(frozen=True)
+class _Abscissa:
+    """What points are drawn against, in units of so many bytes or seconds."""
+
+    label: str
+    unit: float
+    of: Callable[[Point], float]
+
+    def curve(self, points: Sequence[Point]) -> tuple[list[float], list[float]]:
+        """Coordinates of points."""
+        return [self.of(point) / self.unit for point in points], [point.predicted_loss for point in points]
+
+
+def _unit(largest: float, what: str, units: Mapping[str, float], of: Callable[[Point], float]) -> _Abscissa:
+    """In the largest unit, of descending ones, of which there are two or more; else in the last."""
+    name = next((name for name, unit in units.items() if largest >= 2 * unit), list(units)[-1])
+    return _Abscissa(f"{what}, {name}", units[name], of)
+
+
+def _draw(axes: Any, plan: Plan, x: _Abscissa, label: str, bound: bool = True) -> None:
+    """The curves of a plan. bound: with that of ideal quantizers, which have a size but no time.
+
+    Points that were not chosen along this axis need not fall along it; they are not joined then.
+    """
+    points = sorted((point for point in plan.points if point.predicted_loss > 0), key=x.of)
+    places, losses = x.curve(points)
+    if bound:
+        axes.plot(places, [point.bound for point in points], "--", color="#8d8d8d", linewidth=1.4, label="bound: ideal Gaussian quantizers")
+    axes.plot(*x.curve(_within(plan.singles, points, x)), "s", color="#78a9ff", markersize=5, label="one quantizer for all linears")
+    line = "o-" if losses == sorted(losses, reverse=True) else "o"
+    axes.plot(places, losses, line, color="#0f62fe", markersize=4.5, linewidth=1.8, label=label)
+    axes.set_xlabel(x.label)
+    axes.grid(which="major", alpha=0.25)
+    axes.spines[["right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _within(singles: Sequence[Point], points: Sequence[Point], x: _Abscissa) -> list[Point]:
+    """The single quantizers in the place that the points span, with a little on either side."""
     if not points:
         return []
-    low, high = points[0].model_bytes, points[-1].model_bytes
+    low, high = x.of(points[0]), x.of(points[-1])
     margin = 0.03 * (high - low)
-    return [point for point in singles if low - margin <= point.model_bytes <= high + margin]
-
-
-def _curve(points: list[Point], unit: float) -> tuple[list[float], list[Any]]:
-    return [point.model_bytes / unit for point in points], [point.predicted_loss for point in points]
+    return [point for point in singles if low - margin <= x.of(point) <= high + margin]

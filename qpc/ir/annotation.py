@@ -73,16 +73,18 @@ class Annotation:
     group: the largest legal group of the site (GROUPED), then the one chosen (ALLOCATED); a group of one is a single.
     quantizer: None at ALLOCATED and later means that the linear stays as it is.
     sensitivity: nats of KL per unit of relative squared error of this weight.
+    share: of white rounding errors, what error feedback is expected to leave at the output of the linear (GROUPED); None without feedback.
     distortion: expected (ALLOCATED), then measured (QUANTIZED) relative squared error.
     weight_bytes: expected, then actual stored bytes.
     kurtosis: excess kurtosis of the weight's rows before and after the rotation.
-    remaining: share of the error at the output of the linear that error feedback left; None without feedback.
+    remaining: the share that it did leave (QUANTIZED).
     """
 
     site: LinearSite | None = None
     group: FusionGroup | None = None
     quantizer: Quantizer | None = None
     sensitivity: float | None = None
+    share: float | None = None
     distortion: float | None = None
     weight_bytes: int | None = None
     kurtosis: tuple[float, float] | None = None
@@ -97,6 +99,13 @@ def annotation(node: fx.Node) -> Annotation:
     """The annotation of a node; an empty one if it has none."""
     found = node.meta.get(KEY)
     return found if isinstance(found, Annotation) else Annotation()
+
+
+def site_of(node: fx.Node) -> LinearSite:
+    """The site of a linear node."""
+    site = annotation(node).site
+    assert site is not None, f"{node.name} is not a linear site"
+    return site
 
 
 def annotate(node: fx.Node, value: Annotation) -> None:

@@ -72,7 +72,7 @@ def summary(program: Program) -> str:
                 "" if found.quantizer is None else str(found.quantizer),
                 _number(found.sensitivity),
                 _number(found.distortion),
-                _number(found.remaining),
+                _number(found.share if found.remaining is None else found.remaining),
                 "" if found.weight_bytes is None else str(found.weight_bytes),
                 "" if found.kurtosis is None else _change(found.kurtosis),
             )
@@ -162,6 +162,7 @@ def _facts(found: Annotation) -> dict[str, Any]:
         "distortion": found.distortion,
         "weight_bytes": found.weight_bytes,
         "kurtosis": None if found.kurtosis is None else list(found.kurtosis),
+        "share": found.share,
         "remaining": found.remaining,
     }
 

@@ -62,6 +62,11 @@ class Program:
         """The fx graph."""
         return self.graph_module.graph
 
+    @property
+    def device(self) -> torch.device:
+        """That of the first parameter; the CPU if there is none."""
+        return next((value.device for value in self.module.parameters()), torch.device("cpu"))
+
     def linears(self) -> Iterator[fx.Node]:
         """The nodes that carry a `LinearSite`, in graph order (from CANONICAL on)."""
         return (node for node in self.graph.nodes if annotation(node).site is not None)

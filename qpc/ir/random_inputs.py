@@ -20,7 +20,7 @@ def random_inputs(program: Program, *, batch: int, length: int, seed: int) -> tu
     Raises `ModelError` for an input that is not a tensor.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next((value.device for value in program.module.parameters()), torch.device("cpu"))
+    device = program.device
     config = getattr(program.module, "config", None)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     sizes: dict[Any, int] = {}

@@ -1,7 +1,7 @@
 """Executing a graph node by node, keeping only what is still needed, with the freedom to try another weight from any point on."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qpc.ir.program import Program
 from qpc.ir.values import mutated
+
+Watch = Callable[[fx.Node, Any], None]
+"""Is called with a linear node and its value."""
 
 
 class Walk:
@@ -67,32 +70,39 @@ class Walk:
         other._values = dict(self._values)
         return other
 
-    def finish(self, weights: Mapping[fx.Node, Tensor]) -> list[Any]:
-        """The flattened outputs if the linears `weights` had these matrices [out_features, in_features]."""
+    def finish(self, weights: Mapping[fx.Node, Tensor], watch: Watch | None = None) -> list[Any]:
+        """The flattened outputs if the linears `weights` had these matrices [out_features, in_features].
+
+        watch: is shown the value of each of these linears.
+        """
         values = dict(self._values)
         for node in self._nodes[self._position :]:
             if node.op == "output":
                 return tree_leaves(fx.node.map_arg(node.args, values.__getitem__))
-            self._step(node, values, weights)
+            value = self._step(node, values, weights)
+            if watch is not None and node in weights:
+                watch(node, value)
         raise AssertionError("a graph ends with its output")
 
-    def _step(self, node: fx.Node, values: dict[fx.Node, Any], weights: Mapping[fx.Node, Tensor]) -> None:
+    def _step(self, node: fx.Node, values: dict[fx.Node, Any], weights: Mapping[fx.Node, Tensor]) -> Any:
         args: tuple[Any, ...] = fx.node.map_arg(node.args, values.__getitem__)
         kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, values.__getitem__)
         if node in weights:
             args = (args[0], weights[node], *args[2:])
         target: Any = node.target
         if node.op == "call_function":
-            values[node] = target(*args, **kwargs)
+            value = target(*args, **kwargs)
         elif node.op == "call_method":
-            values[node] = getattr(args[0], target)(*args[1:], **kwargs)
+            value = getattr(args[0], target)(*args[1:], **kwargs)
         elif node.op == "call_module":
-            values[node] = self._module.get_submodule(target)(*args, **kwargs)
+            value = self._module.get_submodule(target)(*args, **kwargs)
         else:
             owner, _, leaf = target.rpartition(".")
-            values[node] = getattr(self._module.get_submodule(owner), leaf)
+            value = getattr(self._module.get_submodule(owner), leaf)
+        values[node] = value
         for dead in self._dead[node]:
             del values[dead]
+        return value
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

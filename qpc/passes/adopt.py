@@ -6,11 +6,10 @@ A graph that Dynamo captured anew (another shape, another entry point) must not 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from qpc.ir.annotation import annotate, annotation
+from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.quantize import site_of
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from qpc.ir.annotation import KEY, FusionGroup, LinearSite, annotation
+from qpc.ir.annotation import KEY, FusionGroup, LinearSite, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
 from qpc.kernels.linear import operator, stack_rows
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.quantize import site_of
 from qpc.quant.layout import BLOCK_ROWS
 
 

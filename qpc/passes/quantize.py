@@ -1,25 +1,21 @@
 """Quantize: rotate each weight that has a quantizer, and pack it, with error feedback if there are samples of the inputs."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import networkx as nx  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
-from qpc.ir.annotation import LinearSite, annotate, annotation
+from qpc.ir.annotation import LinearSite, annotate, annotation, site_of
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
-from qpc.ir.values import representatives
 from qpc.kernels.encoder import encoder_for
 from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
+from qpc.passes.feedbacks import Feedbacks, Job, Known
 from qpc.progress import Progress, silent, track
-from qpc.quant.feedback import Feedback
-from qpc.quant.hadamard import block_within
 from qpc.quant.quantizer import Quantizer
-from qpc.quant.rotation import Rotation, seeded_generator
 from qpc.quant.stacking import quantize_stacked
 
 WAITING_BYTES = 6 << 30
@@ -34,13 +30,14 @@ GAUSSIAN_KURTOSIS = 1.0
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Sites that read the same value, or apply the same weight, share one random sign vector, so any chosen grouping stays valid.
+    """Rotates and packs; signs are shared as `Feedbacks` says.
 
-    seed: of the signs. The signs of a site depend on the seed and on the name of the first site that shares them, on nothing else.
+    seed: of the signs.
     rotation_block: most inputs that a rotation may mix, as `block_within` has it; None rotates as many as there is a matrix for.
     samples: inputs on which the second moments for error feedback are taken; None: each weight is rounded on its own.
     sequential: take each moment behind the layers that are already quantized, instead of all from the original model. Then only the
         linears of one input can be rounded together; else those of many layers are, which keeps a GPU busy.
+    known: feedback that was made before, of the original model.
     """
 
     name: ClassVar[str] = "quantize"
@@ -51,15 +48,14 @@ class Quantize(Pass):
     progress: Progress = silent
     samples: Samples | None = None
     sequential: bool = False
+    known: Known = field(default_factory=Known)
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
-        stream = None
-        if self.samples is not None:
-            stream = MomentStream(program, self.samples.batches, self.samples.held_out, sequential=self.sequential)
+        feedbacks = Feedbacks(program, tuple(nodes), self.samples, self.seed, self.rotation_block, self.known)
         count = len({site_of(node).weight for node in nodes})
-        for _ in track(self._in_turn(program, nodes, stream), "quantize", count, self.progress):
+        for _ in track(self._in_turn(program, feedbacks), "quantize", count, self.progress):
             pass
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
         return PassResult(tuple(program.packed), tuple(self._far_from_gaussian(program, nodes)))
@@ -72,29 +68,20 @@ class Quantize(Pass):
                 reason = f"still far from Gaussian after the rotation in blocks of {rotation.block}: excess kurtosis {kurtosis[1]:.1f}"
                 yield self.declined(name, reason)
 
-    def _in_turn(self, program: Program, nodes: list[fx.Node], stream: MomentStream | None) -> Iterator[None]:
+    def _in_turn(self, program: Program, feedbacks: Feedbacks) -> Iterator[None]:
         """Pack all weights, in the order of their inputs; yields once for each."""
-        signs = sign_owners(nodes)
-        rotations: dict[str, Rotation] = {}
-        waiting: list[_Job] = []
-        for weights in by_input(program, nodes, signs):
-            site = site_of(weights[0][0])
-            owner = signs[site.name]
-            if owner not in rotations:
-                block = block_within(site.shape.in_features, self.rotation_block)
-                drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
-                rotations[owner] = drawn.to(program.tensor(site.weight).device)
-            rotation = rotations[owner]
-            feedback = None if stream is None else Feedback.of(stream.moment(weights[0]).rotated(rotation))
-            waiting += [_Job(tuple(sharing), rotation, feedback) for sharing in weights]
+        stream = feedbacks.stream(self.sequential)
+        waiting: list[Job] = []
+        for jobs in feedbacks.in_turn(stream):
+            waiting += jobs
             if (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
                 yield from self._flush(program, waiting, stream)
                 waiting = []
         yield from self._flush(program, waiting, stream)
 
-    def _flush(self, program: Program, waiting: list["_Job"], stream: MomentStream | None) -> Iterator[None]:
+    def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None) -> Iterator[None]:
         """Pack what waits: weights of one quantizer and width together."""
-        alike: dict[tuple[Quantizer | None, int], list[_Job]] = {}
+        alike: dict[tuple[Quantizer | None, int], list[Job]] = {}
         for job in waiting:
             first = job.sites[0]
             alike.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
@@ -106,58 +93,13 @@ class Quantize(Pass):
             yield from (None for _ in jobs)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A weight to pack: the nodes that apply it, the rotation of their input, and the feedback for it."""
-
-    sites: tuple[fx.Node, ...]
-    rotation: Rotation
-    feedback: Feedback | None
-
-
-def _weighs(program: Program, waiting: list[_Job]) -> int:
+def _weighs(program: Program, waiting: list[Job]) -> int:
     """Bytes that waiting jobs hold, or will while they are packed."""
     held = {id(job.feedback): job.feedback.nbytes for job in waiting if job.feedback is not None}
     return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
 
 
-def site_of(node: fx.Node) -> LinearSite:
-    """The site of a linear node."""
-    site = annotation(node).site
-    assert site is not None, f"{node.name} is not a linear site"
-    return site
-
-
-def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:
-    """For each site the name of the first site whose signs it must share: by a common input value or a common weight, transitively."""
-    links = nx.Graph()
-    for node in nodes:
-        site, group = site_of(node), annotation(node).group
-        assert group is not None
-        links.add_edge(("site", site.name), ("value", group.input))
-        links.add_edge(("site", site.name), ("weight", site.weight))
-    owners: dict[str, str] = {}
-    order = {site_of(node).name: index for index, node in enumerate(nodes)}
-    for component in nx.connected_components(links):
-        names = sorted((name for kind, name in component if kind == "site"), key=order.__getitem__)
-        owners.update(dict.fromkeys(names, names[0]))
-    return owners
-
-
-def by_input(program: Program, nodes: Iterable[fx.Node], signs: Mapping[str, str]) -> list[list[list[fx.Node]]]:
-    """The sites of each weight, of all weights that are applied to the same values: in graph order of the first site of each."""
-    same = representatives(program.graph)
-    applied: dict[str, list[fx.Node]] = {}
-    for node in nodes:
-        applied.setdefault(site_of(node).weight, []).append(node)
-    stages: dict[object, list[list[fx.Node]]] = {}
-    for sharing in applied.values():
-        values = tuple(same[node.all_input_nodes[0]] for node in sharing)
-        stages.setdefault((signs[site_of(sharing[0]).name], values), []).append(sharing)
-    return list(stages.values())
-
-
-def _pack(program: Program, jobs: list[_Job]) -> list[Tensor]:
+def _pack(program: Program, jobs: list[Job]) -> list[Tensor]:
     """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
     quantizer = annotation(jobs[0].sites[0]).quantizer
     assert quantizer is not None

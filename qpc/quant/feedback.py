@@ -41,20 +41,22 @@ class Feedback:
 
     carry: float32 [columns, columns], columns a multiple of 16: B below the diagonal blocks, zero elsewhere.
     moment: float32 [in_features, in_features], before damping.
+    judge: the moment by which errors are judged: of held-out samples if there were any, else the same.
     damping: relative to the mean of the moment's diagonal.
     expected_share: the error that is left of white rounding errors, over the error without feedback; on held-out samples if there were any.
     """
 
     carry: Tensor
     moment: Tensor
+    judge: Tensor
     damping: float
     expected_share: float
 
     @staticmethod
-    def of(moment: Moment) -> "Feedback":
+    def of(moment: Moment, damping: float | None = None) -> "Feedback":
         """Factor the second moment of a linear's inputs.
 
-        moment: in the basis of the weight, of any rank. Where it has a held-out part, the damping is the best for that.
+        moment: in the basis of the weight, of any rank. damping: by default the best for the held-out part of the moment, if it has one.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
@@ -66,7 +68,9 @@ class Feedback:
             wide = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
         held_out = None if moment.held_out is None else moment.held_out.matrix.double()
         if held_out is None or not bool(held_out.diagonal().sum() > 0):
-            return _factor(wide, DEFAULT_DAMPING, wide)
+            return _factor(wide, damping or DEFAULT_DAMPING, wide)
+        if damping is not None:
+            return _factor(wide, damping, held_out)
         best = _factor(wide, DEFAULT_DAMPING, held_out)
         for step in (DAMPING_STEP, 1 / DAMPING_STEP):
             while DAMPING_RANGE[0] < best.damping * step < DAMPING_RANGE[1]:
@@ -83,17 +87,19 @@ class Feedback:
     def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
         """tr(E H E^T), E = weight - made, over what rounding without feedback is expected to leave: distortion * |W|^2 * mean diag H.
 
+        H is the judge.
+
         weight, made: float32 [out_features, in_features]. distortion: of the quantizer. 1 if there is nothing to lose.
         """
         error = weight - made
-        left = float((error @ self.moment * error).sum(dtype=torch.float64))
-        energy = float(weight.square().sum(dtype=torch.float64)) * float(self.moment.diagonal().mean(dtype=torch.float64))
+        left = float((error @ self.judge * error).sum(dtype=torch.float64))
+        energy = float(weight.square().sum(dtype=torch.float64)) * float(self.judge.diagonal().mean(dtype=torch.float64))
         return left / (distortion * energy) if energy > 0 else 1.0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.carry.nbytes + self.moment.nbytes
+        return self.carry.nbytes + self.moment.nbytes + (self.judge.nbytes if self.judge is not self.moment else 0)
 
 
 @dataclass(frozen=True)
@@ -158,4 +164,5 @@ def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
     unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
     inverse = torch.linalg.solve_triangular(unit, eye, upper=False)[:features, :features]
     share = float((inverse @ judge * inverse).sum() / judge.diagonal().sum())
-    return Feedback((unit - eye).float(), moment.float(), damping, share)
+    kept = moment.float()
+    return Feedback((unit - eye).float(), kept, kept if judge is moment else judge.float(), damping, share)

@@ -209,14 +209,15 @@ def _nearest(problem: Problem, limits: Mapping[Resource, float], time_limit_s: f
         raise SolverError(f"the time limit of {time_limit_s} s was too short to find an allocation within {asked}, or that there is none")
     if not limits:
         raise InfeasibleError(f"no allocation has at most {problem.most_quantizers} distinct quantizers", {})
+    alone: dict[Resource, float] = {}
     if not bites:
-        alone = [_minimise(_problem(problem.tables, each, {}, problem.most_quantizers), _Effort(0.0, time_limit_s)) for each in limits]
-        bites = [
-            f"{each.show(limit)} is below the smallest feasible one of {each.show(found.best.value)}, even without other limits"
-            for (each, limit), found in zip(limits.items(), alone, strict=True)
-            if limit < found.best.value < math.inf
-        ]
-    raise InfeasibleError(f"no allocation keeps {asked}: {'; '.join(bites) or 'the rules leave none'}", nearest)
+        for each, limit in limits.items():
+            found = _minimise(_problem(problem.tables, each, {}, problem.most_quantizers), _Effort(0.0, time_limit_s))
+            if limit < found.best.value < math.inf:
+                alone[each] = found.best.value
+                least = each.show(alone[each])
+                bites.append(f"{each.show(limit)} is below the smallest feasible one of {least}, even without other limits")
+    raise InfeasibleError(f"no allocation keeps {asked}: {'; '.join(bites) or 'the rules leave none'}", nearest, alone)
 
 
 def _allocation(found: _Outcome, quantizers: Sequence[Quantizer | None]) -> Allocation:

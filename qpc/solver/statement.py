@@ -132,9 +132,11 @@ class InfeasibleError(BudgetError):
     """No allocation keeps all the limits.
 
     nearest: for each limit that bites, the least amount with which the other limits can be kept (the least that was found, where the
-    message says that time was short). Empty if no single limit can mend it, or the rules leave no allocation at all.
+    message says that time was short). Empty if no single limit can mend it, or the rules leave no allocation at all. alone: where that is
+    empty, for each limit that cannot even be kept without the others, the least amount without them.
     """
 
-    def __init__(self, message: str, nearest: Mapping[Resource, float]) -> None:
+    def __init__(self, message: str, nearest: Mapping[Resource, float], alone: Mapping[Resource, float] | None = None) -> None:
         super().__init__(message)
         self.nearest = dict(nearest)
+        self.alone = dict(alone or {})

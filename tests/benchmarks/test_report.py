@@ -80,7 +80,10 @@ def test_every_file_has_its_section(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_rows(tmp_path / "transform.json", "transform", turned, GPU)
     write_rows(tmp_path / "profile.json", "profile", [{**linear, "batch": 1}], GPU)
+    layer = {"bits": "3/3/3/3", "fused": True, "batch": 8, "us": 60.0, "predicted_us": 61.5, "off": 0.025, "estimates": 0}
+    write_rows(tmp_path / "layer.json", "layer", [layer], GPU)
     text = report(tmp_path)
+    assert "| 3/3/3/3 | fused | 8 | 60.0 | 61.5 | +2.5% |" in text
     assert "| trellis 3 bits | 4096x4096 | 110 | 100 | 1.10 | 14.0 | 2800 | 93% |" in text
     assert "| `rotate` | 4096 | 2.60 | 3.30 |" in text
     assert "1 times of 1 shapes at 3 bits. One launch takes 1.00 us." in text

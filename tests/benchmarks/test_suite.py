@@ -1,5 +1,6 @@
 """The GPU benchmarks: what they are made of runs anywhere, and what needs a GPU says so."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -13,21 +14,24 @@ import torch
 pytest.importorskip("triton", reason="the adapters import the Triton kernels")
 
 from benchmarks import __main__ as runner
-from benchmarks import kernels, prefill, profile, summary, timing, transform, weights
+from benchmarks import kernels, layer, prefill, profile, summary, timing, transform, weights
 from benchmarks.baselines import BF16, OTHERS, ROUNDING
 from benchmarks.plan import options_of, scalar, trellis, vector
 from benchmarks.rows import BenchmarkError, read_head, read_rows, write_rows
 from benchmarks.timing import Checked, check, relative_error, time_calls, timing_of
 from benchmarks.weights import activations, random_weights, weight_bytes
+from qpc.ir.annotation import LinearShape
 from qpc.kernels import reference
+from qpc.latency import Roofline
 from qpc.quant.layout import row_blocks
+from qpc.quant.palette import trellis_at
 
 GPU_BENCHMARKS = {"kernels": kernels, "prefill": prefill, "transform": transform, "profile": profile}
 SUBJECTS = (*trellis(Fraction(2), Fraction(13, 4)), *scalar(3), *vector(4))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["check", *GPU_BENCHMARKS])
+@pytest.mark.parametrize("name", ["check", "layer", *GPU_BENCHMARKS])
 def test_without_a_gpu_a_benchmark_says_so(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--quick"])
     assert runner.main() == 1
@@ -44,10 +48,10 @@ def test_on_a_gpu_a_benchmark_starts(name: str, tmp_path, capsys: pytest.Capture
     assert "stopped: 0 s are spent" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", GPU_BENCHMARKS)
+@pytest.mark.parametrize("name", [*GPU_BENCHMARKS, "layer"])
 def test_help_tells_the_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        GPU_BENCHMARKS[name].main(["--help"])
+        {**GPU_BENCHMARKS, "layer": layer}[name].main(["--help"])
     assert end.value.code == 0
     assert re.search(r"\bus\b", capsys.readouterr().out), "the unit of its times"
     assert name in runner.BENCHMARKS
@@ -146,8 +150,36 @@ def test_results_read_back(tmp_path) -> None:
 
 
 def test_a_profile_is_named_after_its_gpu() -> None:
-    assert profile.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+    assert profile.file_name("NVIDIA H100 80GB HBM3") == "h100.json"
     assert profile.file_name("NVIDIA GeForce RTX 4090 (Laptop)") == "nvidia-geforce-rtx-4090-laptop.json"
+
+
+@pytest.mark.parametrize("shapes", [profile.SHAPES, profile.QUICK_SHAPES])
+def test_a_profile_holds_every_linear_of_a_llama_alone_and_fused(shapes: tuple[weights.Shape, ...]) -> None:
+    for group in weights.GROUPS:
+        for count in range(1, len(group) + 1):
+            assert all(weights.stacked(members) in shapes for members in itertools.combinations(group, count))
+
+
+def test_a_layer_is_predicted_as_its_groups_are() -> None:
+    """Fused, a transform and a launch for each group; alone, for each linear; the same bytes."""
+    model = Roofline("toy", read_bytes_per_s=10**12, launch_ps=1_000_000)
+    for mixture in layer.MIXTURES:
+        fused, alone = (layer.predict(model, layer.linears_of(mixture, each), 1).ps for each in (True, False))
+        groups = [
+            model.group([LinearShape(*shape) for shape in members], trellis_at(Fraction(rate)), 1).ps
+            for rate, members in zip(mixture, weights.GROUPS, strict=True)
+        ]
+        assert fused == sum(groups)
+        assert 0.99 < (alone - fused) / (2 * 3 * model.launch_ps) < 1.1, "three linears more, each with a transform"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_layer_computes_what_it_should() -> None:
+    calls, proof = layer.layer(layer.linears_of(layer.MIXTURES[1], fused=True), 8, torch.device("cuda"))
+    assert proof.max_rel_error < 1e-3 and len(calls) >= 2
+    calls[-1]()
+    torch.cuda.synchronize()
 
 
 def test_a_check_is_what_time_calls_takes() -> None:

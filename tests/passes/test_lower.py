@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpc.ir.annotation import annotate, annotation
+from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.stage import Stage
 from qpc.ir.verifier import verify
 from qpc.passes.adopt import Adopt
 from qpc.passes.lower import Lower
-from qpc.passes.quantize import Quantize, site_of
+from qpc.passes.quantize import Quantize
 from qpc.quant.scalar import ScalarQuantizer
 from tests.families import grouped
 from tests.passes.test_quantize import Branches, allocated

@@ -8,12 +8,13 @@ from torch import fx, nn
 
 from qpc.calibration import Samples
 from qpc.capture import capture
-from qpc.ir.annotation import annotate, annotation
+from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.moments import MomentStream
 from qpc.passes.canonicalize import Canonicalize
+from qpc.passes.feedbacks import by_input, sign_owners
 from qpc.passes.fusion import Fusion
-from qpc.passes.quantize import Quantize, by_input, excess_kurtosis, relative_error, sign_owners, site_of
+from qpc.passes.quantize import Quantize, excess_kurtosis, relative_error
 from qpc.quant.moment import Moment
 from qpc.quant.scalar import ScalarQuantizer
 from tests.families import grouped

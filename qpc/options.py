@@ -1,0 +1,122 @@
+"""The options of a compilation, for whichever door it comes through, and what their values may be written as."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from qpc.budget import Budget
+from qpc.calibration import Calibration, SelfSampled
+from qpc.calibration import parse as parse_calibration
+from qpc.errors import SettingsError
+from qpc.latency import LatencyModel, latency_of
+from qpc.passes.allocate import Allocate
+from qpc.passes.timed_items import Timing
+from qpc.quant.palette import Effort, default_palette
+from qpc.sensitivity import Method, Sensitivities
+from qpc.sensitivity_cache import Wanted
+from qpc.sensitivity_cache import parse as parse_sensitivity
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the result of a compilation, besides the model itself.
+
+    effort: how long the trellis windows are; better and slower to encode from FAST to MAX.
+    exclude: patterns (as in a shell) of module names that stay as they are.
+    seed: of the signs, the noise and the random tokens.
+    same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
+    rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
+        divides it. None is no limit.
+    embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
+    calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
+    weigh_positions: in these moments, by what gradients say of their importance.
+    sensitivity: how sensitivities are estimated.
+    latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
+        predicted where the budget names none.
+
+    Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
+    """
+
+    budget: Budget
+    effort: Effort = Effort.DEFAULT
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    same_quantizer_in_group: bool = False
+    rotation_block: int | None = None
+    embeddings: Fraction | None = None
+    calibration: Calibration | None = field(default_factory=SelfSampled)
+    weigh_positions: bool = True
+    sensitivity: Wanted = field(default_factory=Wanted)
+    latency: LatencyModel | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SettingsError(f"batch={self.batch} must be positive")
+        if self.embeddings is not None:
+            default_palette(self.effort).at(self.embeddings)
+        if self.rotation_block is not None and self.rotation_block < 1:
+            raise SettingsError(f"rotation_block={self.rotation_block} must be positive, or None for no limit")
+
+    @staticmethod
+    def of(
+        budget: Budget | Fraction | float | str,
+        *,
+        effort: Effort | str = Effort.DEFAULT,
+        exclude: Iterable[str] = (),
+        seed: int = 0,
+        same_quantizer_in_group: bool = False,
+        rotation_block: int | None = None,
+        embeddings: Fraction | float | str | None = None,
+        calibration: object = "self",
+        tokenizer: Any | None = None,
+        sensitivity: object = Method.GRADIENT,
+        gpu: LatencyModel | Path | str | None = None,
+        batch: int = 1,
+    ) -> "Options":
+        """From what the doors take, as `qpc.compile` describes it. Raises `QpcError` for a value that means nothing."""
+        limits = Budget.of(budget)
+        return Options(
+            budget=limits,
+            effort=Effort.parse(effort),
+            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+            seed=seed,
+            same_quantizer_in_group=same_quantizer_in_group,
+            rotation_block=rotation_block,
+            embeddings=parse_rate(embeddings),
+            calibration=parse_calibration(calibration, tokenizer=tokenizer),
+            sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
+            latency=latency_for(gpu, limits),
+            batch=batch,
+        )
+
+    def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
+        """The pass that allocates with these options, within any budget."""
+        return Allocate(
+            budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group, timing=self.timing_within(budget)
+        )
+
+    def timing_within(self, budget: Budget) -> Timing | None:
+        """How time is counted, at the batch of a budget that limits it."""
+        if self.latency is None:
+            return None
+        return Timing(self.latency, self.batch if budget.latency_ps is None else budget.batch)
+
+
+def latency_for(gpu: LatencyModel | Path | str | None, *budgets: Budget) -> LatencyModel | None:
+    """The latency model of a GPU that is given, else of this machine's if a budget limits a time. Raises `ProfileError`."""
+    if gpu is None and all(budget.latency_ps is None for budget in budgets):
+        return None
+    return latency_of(gpu)
+
+
+def parse_rate(value: Fraction | float | str | None) -> Fraction | None:
+    """Bits per weight, exactly as written in decimals. Raises `SettingsError` for anything that is no number."""
+    if value is None or isinstance(value, Fraction):
+        return value
+    try:
+        return Fraction(str(value))
+    except ValueError as error:
+        raise SettingsError(f"embeddings={value!r} must be a number of bits per weight, such as 6 or 4.5") from error

@@ -1,0 +1,53 @@
+"""Calibrate: how much of the error of each weight feedback will leave, known before anything is rounded."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from qpc.calibration import Samples
+from qpc.ir.annotation import annotate, annotation, site_of
+from qpc.ir.program import Program
+from qpc.ir.stage import Stage
+from qpc.passes.base import Pass, PassResult
+from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.progress import Progress, silent, track
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Takes the second moment of what each linear reads, in the original model, and factors it as the rounding will.
+
+    The share of white rounding errors that is left depends on the moment alone, not on the quantizer. It is judged by held-out samples
+    where there are any, for on its own samples feedback looks better than it is.
+
+    samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
+    already what is expected of all weights, nothing is measured.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[Stage] = Stage.GROUPED
+    ensures: ClassVar[Stage] = Stage.GROUPED
+    samples: Samples
+    seed: int = 0
+    rotation_block: int | None = None
+    known: Known = field(default_factory=Known)
+    progress: Progress = silent
+
+    def run(self, program: Program) -> PassResult:
+        """Annotate every linear with its expected share."""
+        nodes = tuple(program.linears())
+        feedbacks = Feedbacks(program, nodes, self.samples, self.seed, self.rotation_block)
+        jobs = [job for each in feedbacks.in_turn(None) for job in each]
+        if any(job.key not in self.known.expected for job in jobs):
+            for job in track(self._made(feedbacks), "calibrate", len(jobs), self.progress):
+                assert job.feedback is not None
+                self.known.keep(job.key, job.feedback)
+        for job in jobs:
+            for node in job.sites:
+                annotate(node, annotation(node).but(share=self.known.expected[job.key].share))
+        return PassResult(tuple(site_of(node).name for node in nodes))
+
+    def _made(self, feedbacks: Feedbacks) -> Iterator[Job]:
+        """The weights with their feedback."""
+        for jobs in feedbacks.in_turn(feedbacks.stream(sequential=False)):
+            yield from jobs

@@ -1,0 +1,107 @@
+"""What a change of a model's output costs: exactly, and to second order."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qpc.errors import ModelError
+from qpc.ir.program import Program
+from qpc.ir.random_inputs import vocabulary
+from qpc.sensitivity.values import Loss
+
+ROWS_AT_ONCE = 32
+"""Positions whose distributions are compared at a time; bounds the memory of the temporaries."""
+
+
+class Reference(ABC):
+    """The output of the unchanged model, and the loss of another one against it.
+
+    positions: what the loss is an average over.
+    """
+
+    kind: ClassVar[Loss]
+
+    def __init__(self, output: Tensor) -> None:
+        if not output.isfinite().all():
+            raise ModelError("the output of the unchanged model is not finite on the given inputs")
+        self.positions = output.numel() // output.shape[-1] if output.ndim else 1
+
+    @abstractmethod
+    def loss(self, outputs: Sequence[Any]) -> float:
+        """Loss of these outputs of the graph; NaN or infinity if they are not finite."""
+
+    @abstractmethod
+    def cotangent(self, generator: torch.Generator) -> Tensor:
+        """A random z of the shape of the output: for small changes d of it, positions * loss is half the mean of (z . d)^2."""
+
+
+class _RelativeError(Reference):
+    kind = Loss.RELATIVE_ERROR
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__(output)
+        self._output = output
+        self._energy = float(output.double().square().sum())
+        if self._energy == 0:
+            raise ModelError("the output of the model is zero on the given inputs, so no error can be compared with it")
+
+    def loss(self, outputs: Sequence[Any]) -> float:
+        return float((main_output(outputs) - self._output).double().square().sum()) / self._energy
+
+    def cotangent(self, generator: torch.Generator) -> Tensor:
+        draw = torch.randn(self._output.shape, generator=generator, device=self._output.device)
+        return draw * math.sqrt(2 * self.positions / self._energy)
+
+
+class _Divergence(Reference):
+    kind = Loss.KL
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__(output)
+        self._shape = output.shape
+        self._log_p = output.float().flatten(0, -2).log_softmax(dim=-1)
+
+    def loss(self, outputs: Sequence[Any]) -> float:
+        """KL(p || q) with q proportional to p exp(d) is log E_p[exp(d)] for d of mean zero under p, so no digits cancel for small d."""
+        total = 0.0
+        output = main_output(outputs).flatten(0, -2)
+        for log_p, logits in zip(torch.split(self._log_p, ROWS_AT_ONCE), torch.split(output, ROWS_AT_ONCE), strict=True):
+            p, d = log_p.exp(), logits.float() - log_p
+            d -= (p * d).sum(dim=-1, keepdim=True)
+            rows = torch.log1p((p * (torch.expm1(d) - d)).sum(dim=-1))
+            rows = torch.where(rows.isfinite(), rows, torch.logsumexp(log_p + d, dim=-1))
+            total += float(rows.clamp_min(0).double().sum())
+        return total / len(self._log_p)
+
+    def cotangent(self, generator: torch.Generator) -> Tensor:
+        """Of covariance diag(p) - p p^T at each position: that of the gradients of log p(y) for labels y drawn from p, but Gaussian.
+
+        Labels would do, but a rare one gives a long gradient, so their squares vary more.
+        """
+        p = self._log_p.exp()
+        root = p.sqrt() * torch.randn(p.shape, generator=generator, device=p.device)
+        return (root - p * root.sum(dim=-1, keepdim=True)).reshape(self._shape)
+
+
+def reference_of(program: Program, outputs: Sequence[Any]) -> Reference:
+    """The reference for these outputs of the unchanged graph: KL if there is one value for each token that the model reads.
+
+    Raises `ModelError` if they are not finite.
+    """
+    output = main_output(outputs).detach()
+    placeholders = program.graph.find_nodes(op="placeholder")
+    tables = {vocabulary(program, node) for node in placeholders if node.name in program.inputs}
+    tables.add(getattr(getattr(program.module, "config", None), "vocab_size", None))
+    return _Divergence(output) if output.ndim > 1 and output.shape[-1] in tables else _RelativeError(output)
+
+
+def main_output(outputs: Sequence[Any]) -> Tensor:
+    """The first floating-point output. Raises `ModelError` if there is none."""
+    for value in outputs:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise ModelError("the model has no floating-point output to compare")
