@@ -24,6 +24,7 @@ from qpc.options import Options
 from qpc.passes.adopt import Adopt
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
+from qpc.passes.operands import Operands
 from qpc.passes.pipeline import Pipeline
 from qpc.settings import Settings
 
@@ -106,11 +107,11 @@ def _lower(program: Program, options: Options) -> None:
         program.excluded.update(source.excluded)
         dump = Settings.from_environment().dump
         graphs = dump / f"graph_{next(_COUNT)}" if dump is not None else None
-        Pipeline((Canonicalize(), Fusion(), Adopt(source), *lowering(source))).run(program, dump=graphs)
+        Pipeline((Canonicalize(), Fusion(), Adopt(source), *lowering(source), Operands())).run(program, dump=graphs)
     else:
         with _outside_dynamo():
             decide(program, options)
-        Pipeline(lowering(program)).run(program)
+        Pipeline((*lowering(program), Operands())).run(program)
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qpc.kernels import reference
 from qpc.kernels.operand import pack_operand, unpack_operand
-from qpc.kernels.transform import CREST, Norm, Plan, _outer_matrix, transform
+from qpc.kernels.transform import CREST, Norm, Plan, outer_matrix, transform
 from qpc.kernels.transform_hopper import transform_kernel
 
 BATCHES = (1, 4, 8)
@@ -74,7 +74,7 @@ def layouts(x: Tensor, signs: Tensor, norm: Norm | None, cut: Cut, pdl: bool, ou
     """Launch the kernel with explicit layouts."""
     words, scales, hidden = out
     features = cut.features
-    matrix = _outer_matrix(cut.outer, features, x.device, True)
+    matrix = outer_matrix(cut.outer, features, x.device, True)
     transform_kernel[(triton.cdiv(cut.outer, cut.members), len(x))](
         x, None if norm is None else norm.residual, None if norm is None else norm.weight, signs, matrix, hidden, words, scales, features,
         len(x), x.stride(0), x.stride(0), EPS, 0.0, CREST=min(CREST, features**0.5), OUTER=cut.outer, POWER=cut.power, MEMBERS=cut.members,

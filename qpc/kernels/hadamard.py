@@ -51,13 +51,16 @@ def _rotate_kernel(
     tl.store(target, (turned * norm).to(out.dtype.element_ty), mask=(member < BASE)[:, None] & (inner >= 0)[None, :])
 
 
-def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`qpc::rotate` on a GPU; arguments as there, already checked. `select.supports_rotation` bounds the block."""
+def rotate(x: Tensor, signs: Tensor, block: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`qpc::rotate` on a GPU; arguments as there, already checked. `select.supports_rotation` bounds the block.
+
+    dtype: of the result, by default that of `x`.
+    """
     features = x.shape[-1]
     base, power = factors(block)
     rows = x.reshape(-1, features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows.shape, dtype=dtype or x.dtype, device=x.device)
     members = min(triton.next_power_of_2(base), max(1, MIN_VALUES // power))
     warps = max(1, min(16, members * power // 256))
     grid = (len(rows), features // block * triton.cdiv(base, members))

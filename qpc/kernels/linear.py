@@ -1,11 +1,16 @@
 """The module that takes the place of a linear once its weight is packed."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from qpc.kernels import ops as _registered  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels import fused
+from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels.launch import MAX_BATCH
+from qpc.kernels.ops import trellis_parts
 from qpc.kernels.packed_module import PackedModule
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import PackedWeight, Quantizer
@@ -28,8 +33,19 @@ def operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverl
     return torch.ops.qpc.scalar_linear.default, ([part.bits for part in scalar],)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_operands(step_bits: list[int], window_bits: list[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `qpc::operand_linear` runs for up to 16 rows here; a constant of any graph that is being traced."""
+    return fused.supports(trellis_parts(step_bits, window_bits), MAX_BATCH, dtype, device).implementation is not None
+
+
 class QuantizedLinear(PackedModule):
-    """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`. `bias` is a parameter, as it was."""
+    """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`. `bias` is a parameter, as it was.
+
+    A rotated trellis weight reads the operand of the integer multiplication where that runs (`qpc.kernels.fused`), if there are few rows.
+    While a graph is traced, a symbolic number of rows is left as it is; `qpc::trellis_linear` packs its operand by itself if they are few
+    when it runs.
+    """
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
         """An empty one, on the meta device."""
@@ -45,10 +61,21 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
+        if self._takes_operand(x):
+            operand = torch.ops.qpc.rotate_operand(x, self.signs, self.block)
+            weight = (list(self.codes), self.scales, self.bias, *self._code, self.out_features)
+            rows: Tensor = torch.ops.qpc.operand_linear(*operand, *weight, x.dtype)
+            return rows.reshape(*x.shape[:-1], self.out_features)
         if self.block:
             x = torch.ops.qpc.rotate(x, self.signs, self.block)
         result: Tensor = self._operator(x, list(self.codes), self.scales, self.bias, *self._code, self.out_features)
         return result
+
+    def _takes_operand(self, x: Tensor) -> bool:
+        if not self.block or self._operator is not torch.ops.qpc.trellis_linear.default:
+            return False
+        few = statically_known_true(math.prod(x.shape[:-1]) <= MAX_BATCH)
+        return few and multiplies_operands(*self._code, x.dtype, x.device)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.quantizer}, bias={self.bias is not None}"

@@ -18,7 +18,7 @@ PEAK = 32512
 """Largest magnitude of a fixed-point value: 127 * 256, so that both limbs are signed bytes after rounding."""
 
 PROJECTIONS = tuple((c / SCALE, d / SCALE) for word in DIRECTIONS for c, d in word)
-"""What columns c and c + 1 count in each of the eight projections; four for each word of the code."""
+"""What columns c and c + 1 count in each of the eight projections; four for each word of the code. The first two are the columns."""
 
 
 def operand_rows(batch: int) -> int:
@@ -71,3 +71,8 @@ def unpack_operand(words: Tensor, scales: Tensor) -> Tensor:
     digits = 256 * limbs[:, :, 0] + limbs[:, :, 1]
     by_row = digits.permute(1, 0, 4, 2, 3, 5).flatten(4).flatten(1, 3)
     return by_row[: len(scales)].double() * scales.double()[:, None, None]
+
+
+def unpack_rows(words: Tensor, scales: Tensor) -> Tensor:
+    """The rows of an operand, by the two projections that are coordinates: float64 [batch, 16 * column_blocks]."""
+    return unpack_operand(words, scales)[..., :2].flatten(1)

@@ -15,6 +15,12 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return turned.to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset)` along the last axis of `x` [..., features]: float64, without any rounding."""
+    wide = x.double()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.double() + offset)
+
+
 def dequantize(
     codes: list[Tensor],
     scales: Tensor,

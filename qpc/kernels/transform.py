@@ -205,7 +205,7 @@ def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cu
     hidden = x if residual is None else torch.empty((batch, features), dtype=x.dtype, device=x.device)
     crest = min(CREST, block**0.5)
     _transform_kernel[(cut.programs, batch)](
-        x, residual, None if norm is None else norm.weight, signs, _outer_matrix(cut.outer, block, x.device), hidden, words, scales,
+        x, residual, None if norm is None else norm.weight, signs, outer_matrix(cut.outer, block, x.device), hidden, words, scales,
         features, words.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset, crest,
         OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
@@ -224,9 +224,9 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _outer_matrix(outer: int, block: int, device: torch.device, transpose: bool = False) -> Tensor:
-    """The outer factor of a block, float32: the base times the highest part of the power of two."""
+def outer_matrix(outer: int, block: int, device: torch.device, transpose: bool = False) -> Tensor:
+    """The outer factor of a block, float32 [outer, outer]: the base times the highest part of the power of two."""
     base, _ = factors(block)
     with torch.inference_mode(False):
-        matrix = torch.kron(hadamard_matrix(base), hadamard_matrix(outer // base))
-        return (matrix.T if transpose else matrix).to(device=device, dtype=torch.float32).contiguous()
+        matrix = torch.kron(hadamard_matrix(base), hadamard_matrix(outer // base)).float()
+        return (matrix.T.contiguous() if transpose else matrix).to(device)  # last, so that no kernel that still runs writes to it

@@ -2,15 +2,36 @@
 
 A thread holds VECTOR neighbouring values of each member row, so the lowest stages of Sylvester's transform lie in registers, the next five
 between the lanes of a warp (one shuffle and one multiply-add a value), and only the highest cross warps, through shared memory, once.
+It reads nothing that an earlier kernel of the stream wrote before that has ended, so it may be launched while that still runs.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment, var-annotated"
 
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon  # type: ignore[import-untyped]
 from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
-from qpc.kernels.operand import PEAK, PROJECTIONS
+from qpc.kernels.operand import PEAK, PROJECTIONS, empty_operand
+from qpc.kernels.transform import CREST, Norm, outer_matrix
+from qpc.quant.hadamard import factors
+
+POWERS = (512, 1024)
+"""Largest inner factors, the best first: of a small one the block is spread over more programs."""
+
+VECTORS = (8, 4, 2)
+"""Values of a thread in each row, the best first."""
+
+MAX_WARPS = 8
+MAX_HELD = 96
+"""Registers of a thread for what it loads before it waits: pairs of values of all rows, and of as many weights of a norm."""
+
+MAX_ENTRIES = 112
+"""Registers of a thread for the entries of the outer factor."""
 
 _PEAK = gl.constexpr(float(PEAK))
 _FIRST, _SECOND = (gl.constexpr(each) for each in zip(*PROJECTIONS, strict=True))
@@ -170,3 +191,56 @@ def transform_kernel(
         gl.store(at, gl.inline_asm_elementwise(_HIGH, "=r,r,r,r,r", high, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
         gl.store(at + 16, gl.inline_asm_elementwise(_LOW, "=r,r,r,r,r", low, dtype=gl.int32, is_pure=True, pack=1), mask=kept)
         at += 2
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a block is cut: `H_outer (kron) H_power`, members of the outer factor in a program."""
+
+    outer: int
+    power: int
+    members: int
+    warps: int
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring values of a thread."""
+        return self.power // (32 * self.warps)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a row."""
+        return -(-self.outer // self.members)
+
+
+@cache
+def cut(features: int, block: int, norm: bool) -> Cut | None:
+    """How to transform a row of 16-bit values, behind a norm or not; None where this kernel does not, or not without spilling registers."""
+    _, power = factors(block)
+    if block != features:
+        return None
+    for inner in dict.fromkeys(min(power, each) for each in POWERS):
+        outer = features // inner
+        for vector in VECTORS:
+            warps = inner // (32 * vector)
+            members = max(1, 64 * warps * warps // inner)  # the exchange between warps needs as many values
+            held = outer * vector * (1 + norm) // 2
+            if 1 <= warps <= MAX_WARPS and held <= MAX_HELD and outer * members <= MAX_ENTRIES:
+                return Cut(outer, inner, members, warps)
+    return None
+
+
+def transform(x: Tensor, signs: Tensor, norm: Norm | None, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+    """As `qpc.kernels.transform.transform`, by this kernel; x: [batch, features], a block of float16 or bfloat16 in each row."""
+    batch, features = x.shape
+    words, scales = empty_operand(batch, features, x.device)
+    residual = None if norm is None else norm.residual
+    hidden = x if residual is None else torch.empty((batch, features), dtype=x.dtype, device=x.device)
+    transform_kernel[(cut.programs, batch)](
+        x, residual, None if norm is None else norm.weight, signs, outer_matrix(cut.outer, features, x.device, True), hidden, words, scales,
+        features, words.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.offset,
+        CREST=min(CREST, features**0.5), OUTER=cut.outer, POWER=cut.power, MEMBERS=cut.members, VECTOR=cut.vector, WARPS=cut.warps,
+        NORM=norm is not None, RESIDUAL=residual is not None, PDL=True, num_warps=cut.warps, launch_pdl=True,
+    )  # fmt: skip
+    return words, scales, hidden
