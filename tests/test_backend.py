@@ -9,8 +9,10 @@ import qpc
 from qpc import backend
 from qpc.errors import BudgetError, ProfileError, SettingsError
 from qpc.ir.annotation import annotation
+from qpc.kernels.select import Implementation, Support
 from qpc.latency import latency_of
 from qpc.options import Options
+from qpc.passes.operands import Operands
 from qpc.sensitivity import Method
 from tests.compiled import BUDGET, DEVICES, TOKENS, compiled_pair, logits
 from tests.families import FAMILIES
@@ -101,6 +103,25 @@ def test_groups_run_as_one_operator_behind_one_rotation() -> None:
     assert sum(target.startswith("qpc.rotate") for target in targets) == 4 * layers
     assert sum("_linear" in target and target.startswith("qpc.") for target in targets) == 4 * layers
     assert any(len(annotation(node).group.members) == 3 for node in seen[0].graph.nodes if annotation(node).group)
+
+
+def test_groups_read_operands_where_the_batch_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that multiplies them; here by their definition."""
+    seen: list[list[str]] = []
+
+    def spy(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append([str(node.target) for node in graph_module.graph.nodes])
+        return graph_module
+
+    torch._dynamo.register_backend(spy, name="qpc_test_operands_spy")
+    monkeypatch.setattr(backend, "Operands", lambda: Operands(lambda *_: Support(Implementation.CPU, "by definition")))
+    model, compiled = compiled_pair("llama")
+    fast = torch.compile(model, backend="qpalette", options={**OPTIONS, "inner": "qpc_test_operands_spy"}, fullgraph=True, dynamic=False)
+    for tokens, own, other in ((TOKENS[:1, :8], "rotate_operand", "rotate"), (TOKENS, "rotate", "operand_linear")):
+        expected = logits(compiled, tokens)
+        assert (logits(fast, tokens) - expected).norm() <= 1e-3 * expected.norm()
+        assert seen[-1].count(f"qpc.{own}.default") == 4 * model.config.num_hidden_layers  # type: ignore[union-attr, operator]
+        assert f"qpc.{other}.default" not in seen[-1]
 
 
 def test_plain_module_decides_on_its_own_graph() -> None:

@@ -69,24 +69,37 @@ def _rotated_pairs(values, SIZE: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _peak(first, second):
-    """Size of the largest projection."""
+def _largest(first, second):
+    """Size of the largest projection of each pair of columns."""
     largest = tl.zeros_like(first)
     for index in tl.static_range(8):
         largest = tl.maximum(largest, tl.abs(_projection(first, second, index)))
-    return tl.max(largest, 0)
+    return largest
 
 
 @triton.jit
-def _pack_kernel(x, words, scales, features, rows, x_stride, WIDTH: tl.constexpr):
-    """The operand of rows as they are, WIDTH at least as wide; the scale is that of the peak. One program a row."""
+def _load_pairs(x, row, x_stride, pair, features):
+    """Columns 2 pair and 2 pair + 1 of a row, float32, zeros behind the last."""
+    at = x + row * x_stride + 2 * pair
+    first = tl.load(at, mask=2 * pair < features, other=0)
+    return first.to(tl.float32), tl.load(at + 1, mask=2 * pair + 1 < features, other=0).to(tl.float32)
+
+
+@triton.jit
+def _pack_kernel(x, words, scales, features, rows, x_stride, CHUNK: tl.constexpr):
+    """The operand of rows as they are; the scale is that of the peak. Programs (row, CHUNK columns) each look for the peak themselves."""
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, WIDTH // 2)
-    first = tl.load(x + row * x_stride + 2 * pair, mask=2 * pair < features, other=0).to(tl.float32)
-    second = tl.load(x + row * x_stride + 2 * pair + 1, mask=2 * pair + 1 < features, other=0).to(tl.float32)
-    peak = _peak(first, second)
+    pair = tl.arange(0, CHUNK // 2)
+    largest = tl.zeros((CHUNK // 2,), tl.float32)
+    for start in range(0, features, CHUNK):
+        first, second = _load_pairs(x, row, x_stride, start // 2 + pair, features)
+        largest = tl.maximum(largest, _largest(first, second)) + (first * 0 + second * 0)  # NaN if a value is not finite
+    finite = tl.sum(largest * 0, 0)
+    peak = tl.max(largest, 0)
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
-    tl.store(scales + row, peak / _PEAK + tl.sum(first * 0 + second * 0, 0))  # NaN if a value is not finite
+    tl.store(scales + row, peak / _PEAK + finite, mask=tl.program_id(1) == 0)
+    pair += tl.program_id(1) * (CHUNK // 2)
+    first, second = _load_pairs(x, row, x_stride, pair, features)
     _store_projections(words, first, second, inverse, pair, row, rows, pair < (features + 15) // 16 * 8)
 
 
@@ -142,7 +155,7 @@ def _transform_kernel(
         else:
             acc += tl.load(matrix + member * OUTER + source, mask=member < OUTER, other=0)[:, None, None] * value[None, :, :]
     first, second = _rotated_pairs(tl.reshape(acc, (SIZE,)), SIZE, STAGES)
-    peak = _peak(first, second) if PEAK_SCALE else crest * tl.sqrt(tl.sum(tl.reshape(energies, (POWER,)), 0))
+    peak = tl.max(_largest(first, second), 0) if PEAK_SCALE else crest * tl.sqrt(tl.sum(tl.reshape(energies, (POWER,)), 0))
     inverse = tl.where(peak > 0, _PEAK / peak, 0.0)
     scale = peak / _PEAK * tl.rsqrt(1.0 * features)
     if NORM:
@@ -195,6 +208,10 @@ MIN_VALUES = 512
 MAX_OUTER = 64
 
 
+PACK_CHUNK = 2048
+"""Columns that one program packs."""
+
+
 def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cut: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Words and scales of the operand of the rotated rows x [batch, features], and the sum with the residual (else `x` itself)."""
     batch, features = x.shape
@@ -218,8 +235,9 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     """Words and scales of the operand of rows x [batch, features] as they are, by the scale of the peak."""
     batch, features = x.shape
     words, scales = empty_operand(batch, features, x.device)
-    width = max(32, triton.next_power_of_2(features))
-    _pack_kernel[(batch,)](x, words, scales, features, words.shape[1], x.stride(0), WIDTH=width, num_warps=max(1, min(16, width // 256)))
+    chunk = max(32, min(PACK_CHUNK, triton.next_power_of_2(features)))
+    grid = (batch, triton.cdiv(features, chunk))
+    _pack_kernel[grid](x, words, scales, features, words.shape[1], x.stride(0), CHUNK=chunk, num_warps=max(1, chunk // 256))
     return words, scales
 
 

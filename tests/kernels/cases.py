@@ -11,7 +11,8 @@ from qpc.kernels import gpu, hadamard, launch, reference, viterbi
 from qpc.quant.codebook import code_deviation
 from qpc.quant.rotation import Rotation
 from qpc.quant.viterbi import encode_rings as cpu_encoder
-from tests.kernels import ring_oracle
+from tests.kernels import operand_cases, ring_oracle
+from tests.kernels.operand_cases import OperandSizes
 from tests.kernels.packed import FAMILIES, Packed, packed, poisoned
 from tests.kernels.tolerances import ENCODER, assert_close
 
@@ -33,6 +34,7 @@ class Sizes:
     rotations: tuple[tuple[int, int], ...] = ()
     rings: tuple[tuple[int, int, int, int], ...] = ()
     """(rings, steps, step_bits, window_bits)."""
+    operands: tuple[OperandSizes, ...] = ()
 
 
 BATCHES = (1, 2, 3, 4, 7, 8, 16, 17)
@@ -52,6 +54,7 @@ SMALL = (
     ),
     Sizes(weights=((9, 40),), step_bits=((3,),), batches=BATCHES, dtypes=(torch.float32,)),
     Sizes(weights=((9, 40),), bits=((3,),), vector_bits=((6,),), batches=(1, 4), dtypes=(torch.float32,)),
+    Sizes(operands=operand_cases.SMALL),
 )
 
 EVERY_STEP = (*((bits,) for bits in range(2, 13)), (4, 5), (7, 6), (12, 3))
@@ -73,6 +76,7 @@ FULL = (
     Sizes(weights=((100, 1000),), step_bits=((3,), (9,)), suffix_bits=(9, 13, 15), batches=(1, 3)),
     Sizes(rotations=((576, 576), (1184, 1184), (4096, 4096), (14336, 14336), (4096, 256), (65536, 32768), (11008, 256))),
     Sizes(rotations=((4096, 4096), (576, 576)), dtypes=(torch.float32, torch.float16)),
+    Sizes(operands=operand_cases.LARGE),
     Sizes(
         rings=(*((9, 512, bits, bits + 9) for bits in (2, 3, 6, 8, 11)), *((5, 512, bits, bits + 13) for bits in (4, 7)), (3, 512, 5, 19))
     ),
@@ -96,6 +100,7 @@ def cases(groups: tuple[Sizes, ...]) -> Iterator[tuple[str, Check]]:
         for rings, steps, step_bits, window_bits in sizes.rings:
             name = f"encode {rings} rings of {steps} steps of {step_bits} bits, window {window_bits}"
             yield name, partial(_check_encoder, rings, steps, step_bits, window_bits)
+        yield from operand_cases.operand_cases(sizes.operands)
     for family in FAMILIES:
         yield f"splits of the input axis, {family}", partial(_check_splits, family)
     yield "rows of a larger weight", _check_row_range

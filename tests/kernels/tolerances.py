@@ -6,6 +6,9 @@ from torch import Tensor
 RELATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Largest allowed Frobenius norm of the error over that of the oracle. The interpreter truncates to bfloat16, hence twice its rounding."""
 
+OPERAND_STEPS = 0.55
+"""Largest allowed error of a projection in an operand, in steps of its scale: half of one for rounding, the rest for float32 before it."""
+
 ENCODER = 1e-5
 """Largest allowed relative excess of the encoder's squared error over the oracle's."""
 

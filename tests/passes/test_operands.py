@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpc import backend
 from qpc.capture import capture
 from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
@@ -21,7 +20,6 @@ from qpc.passes.quantize import Quantize
 from qpc.quant.quantizer import Quantizer, UniformQuantizer
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
-from tests.compiled import BUDGET, TOKENS, compiled_pair, logits
 
 TRELLIS = TrellisQuantizer(4, 10)
 
@@ -116,25 +114,3 @@ def test_this_machine_says_why_not() -> None:
     program = lowered(Fixed(2), torch.randn(2, 64))
     result = Pipeline((Operands(),)).run(program)["operands"]
     assert not result.changed and all("compute capability" in remark.reason for remark in result.remarks)
-
-
-def test_compiled_models_read_operands_where_the_batch_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the door of `torch.compile`: every group reads one operand, and the logits stay."""
-    seen: list[list[str]] = []
-
-    def spy(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        seen.append([str(node.target) for node in graph_module.graph.nodes])
-        return graph_module
-
-    torch.compiler.reset()
-    torch._dynamo.register_backend(spy, name="qpc_test_operands_spy")
-    monkeypatch.setattr(backend, "Operands", lambda: Operands(supports))
-    model, compiled = compiled_pair("llama")
-    options = {"budget": BUDGET, "effort": "fast", "inner": "qpc_test_operands_spy"}
-    few, many = TOKENS[:1, :8], TOKENS
-    fast = torch.compile(model, backend="qpalette", options=options, fullgraph=True, dynamic=False)
-    for tokens, own, other in ((few, "rotate_operand", "rotate"), (many, "rotate", "operand_linear")):
-        expected = logits(compiled, tokens)
-        assert (logits(fast, tokens) - expected).norm() <= 1e-3 * expected.norm()
-        assert seen[-1].count(f"qpc.{own}.default") == 4 * model.config.num_hidden_layers  # type: ignore[union-attr, operator]
-        assert f"qpc.{other}.default" not in seen[-1]
