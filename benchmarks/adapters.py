@@ -1,23 +1,22 @@
 """How the benchmarks call what they time: one place to change when a kernel does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from benchmarks.weights import RandomWeight
-from qpc.kernels import gpu, ops
-from qpc.kernels.launch import MAX_BATCH
+from qpc.kernels import fused, gpu, operand_ops, ops
+from qpc.kernels.operand import pack_operand
+from qpc.quant.quantizer import UniformQuantizer
 
 Call = Callable[[], Tensor]
 
-FUSED = find_spec("qpc.kernels.fused") is not None
-"""Whether the multiplication on integer tensor cores is there; else trellis weights take the way of the others."""
 
-OPERANDS = hasattr(torch.ops.qpc, "rotate_operand") and hasattr(torch.ops.qpc, "norm_operand")
-"""Whether the transforms that write the operand of that multiplication are there."""
+def reads_operand(parts: Sequence[UniformQuantizer], x: Tensor) -> bool:
+    """Whether a product with a weight of these parts is made on integer tensor cores here. x: [batch, in_features]."""
+    return fused.supports(parts, len(x), x.dtype, x.device).implementation is not None
 
 
 def multiplications(weights: list[RandomWeight], x: Tensor) -> list[Call]:
@@ -25,10 +24,7 @@ def multiplications(weights: list[RandomWeight], x: Tensor) -> list[Call]:
 
     x: [batch, in_features], already rotated.
     """
-    if FUSED and x.is_cuda and len(x) <= MAX_BATCH and weights[0].parts[0].family == "trellis":
-        from qpc.kernels import fused
-        from qpc.kernels.operand import pack_operand
-
+    if reads_operand(weights[0].parts, x):
         words, scales = pack_operand(x)
         return [
             partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype) for w in weights
@@ -48,14 +44,16 @@ def rotation(x: Tensor, signs: Tensor, block: int) -> Call:
 
 def rotate_operand(x: Tensor, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """`qpc::rotate_operand`: words and scales of the operand."""
-    return partial(torch.ops.qpc.rotate_operand, x, signs, block)
+    return partial(operand_ops.rotate_operand, x, signs, block)
 
 
 def norm_operand(x: Tensor, weight: Tensor, epsilon: float, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """`qpc::norm_operand` without a residual: the same behind RMSNorm."""
+    """`qpc::norm_operand`: the same behind RMSNorm."""
+    return partial(operand_ops.norm_operand, x, weight, epsilon, 0.0, signs, block)
 
-    def call() -> tuple[Tensor, Tensor]:
-        *_, words, scales = torch.ops.qpc.norm_operand(x, None, weight, epsilon, 0.0, signs, block)
-        return words, scales
 
-    return call
+def add_norm_operand(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, signs: Tensor, block: int
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """`qpc::add_norm_operand`: the same behind the sum with a residual."""
+    return partial(operand_ops.add_norm_operand, x, residual, weight, epsilon, 0.0, signs, block)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.adapters import OPERANDS, multiplications, rotate_operand, rotation
+from benchmarks.adapters import multiplications, reads_operand, rotate_operand, rotation
 from benchmarks.plan import Run, compile_ahead, failure, options_of, require_all
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import EXACT, Checked, check, copies_for, time_calls
@@ -139,8 +139,8 @@ def work_of(linear: Linear, batch: int, copies: int, device: torch.device) -> Wo
     _, in_features = linear.shape
     x = activations(batch, in_features, device)
     rotate = Rotation.random(in_features, torch.Generator().manual_seed(0)).to(device)
-    transform = (rotate_operand if OPERANDS else rotation)(x, rotate.signs, rotate.block)
     weights = random_weights(linear.quantizer, linear.shape, copies, device)
+    transform = (rotate_operand if reads_operand(weights[0].parts, x) else rotation)(x, rotate.signs, rotate.block)
     return Work(transform, multiplications(weights, x), weights[0].product(x))
 
 

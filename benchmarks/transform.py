@@ -2,24 +2,28 @@
 
 Each call reads and writes what lies in the cache, as in a model. Columns of a row: transform, features, block, batch, us, us_p20, us_p80,
 max_rel_error. The transforms: `rotate` (signs and Hadamard), `rms_norm` (PyTorch's, alone), `rms_norm then rotate` (two launches);
-`rotate_operand` and `norm_operand` write the operand of the integer multiplication, the second behind RMSNorm, in one launch each.
+`triton rms_norm` and `triton add, rms_norm` are a plain kernel alone, the second with a residual added first. `rotate_operand`,
+`norm_operand` and `add_norm_operand` write the operand of the integer multiplication, the last two behind what these two do, in one
+launch each where there is a kernel for it. Their launch may overlap the end of the one before, as in a model.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.adapters import OPERANDS, norm_operand, rotate_operand, rotation
+from benchmarks.adapters import add_norm_operand, norm_operand, rotate_operand, rotation
 from benchmarks.baselines import ROUNDING
 from benchmarks.plan import Run, failure, options_of, require_all
+from benchmarks.rms_norm import rms_norm
 from benchmarks.timing import EXACT, check, time_calls
 from benchmarks.weights import activations
 from qpc.kernels import reference
+from qpc.kernels.operand import unpack_rows
 from qpc.quant.hadamard import block_size
 from qpc.quant.rotation import Rotation
 
@@ -64,23 +68,31 @@ def measure(run: Run, widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 def transforms(features: int, batch: int, device: torch.device) -> Iterator[Transform]:
     """All of them, for one random activation in bfloat16."""
     x = activations(batch, features, device)
+    residual = torch.randn_like(x)
     weight = (1 + 0.1 * torch.randn(features, device=device)).bfloat16()
     random = Rotation.random(features, torch.Generator().manual_seed(0)).to(device)
     signs, block = random.signs, random.block
-    normed = x.double() / (x.double().square().mean(dim=1, keepdim=True) + EPSILON).sqrt() * weight.double()
-    rotated, both = reference.rotate(x.double(), signs, block), reference.rotate(normed, signs, block)
+    normed, added = (reference.rms_norm(value, weight, EPSILON, 0.0) for value in (x, x + residual))
+    rotated, both, all_three = (reference.rotate(value, signs, block) for value in (x.double(), normed, added))
     norm = partial(functional.rms_norm, x, (features,), weight, EPSILON)
     yield Transform("rotate", rotation(x, signs, block), rotated)
     yield Transform("rms_norm", norm, normed, ROUNDING)
     yield Transform("rms_norm then rotate", lambda: rotation(norm(), signs, block)(), both, ROUNDING)
-    if OPERANDS:
-        from qpc.kernels.operand import unpack_operand
+    yield Transform("triton rms_norm", partial(rms_norm, x, None, weight, EPSILON), normed, values=_first)
+    yield Transform("triton add, rms_norm", partial(rms_norm, x, residual, weight, EPSILON), added, values=_first)
+    values = partial(_rows, features)
+    yield Transform("rotate_operand", rotate_operand(x, signs, block), rotated, values=values)
+    yield Transform("norm_operand", norm_operand(x, weight, EPSILON, signs, block), both, values=values)
+    yield Transform("add_norm_operand", add_norm_operand(x, residual, weight, EPSILON, signs, block), all_three, values=values)
 
-        def values(operand: tuple[Tensor, Tensor]) -> Tensor:
-            return cast(Tensor, unpack_operand(*operand, features))
 
-        yield Transform("rotate_operand", rotate_operand(x, signs, block), rotated, values=values)
-        yield Transform("norm_operand", norm_operand(x, weight, EPSILON, signs, block), both, values=values)
+def _first(results: tuple[Tensor, ...]) -> Tensor:
+    return results[0]
+
+
+def _rows(features: int, results: tuple[Tensor, ...]) -> Tensor:
+    """What an operand holds: float64 [batch, features]."""
+    return unpack_rows(*results[:2])[:, :features]
 
 
 def show(row: dict[str, Any]) -> str:

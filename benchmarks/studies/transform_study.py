@@ -1,7 +1,7 @@
 """Which cut of the activation transform is fastest: `python -m benchmarks.studies.transform_study`, on a GPU, under a minute.
 
 Every variant is compared with the oracle first; then microseconds of a launch in a CUDA graph (median of 20 replays of 200 launches), next
-to an empty kernel and a plain RMSNorm of the same kind. `pdl` columns launch with programmatic dependent launch.
+to an empty kernel and a plain RMSNorm of the same kind.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -9,37 +9,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from qpc.kernels import reference
-from qpc.kernels.operand import pack_operand, unpack_operand
-from qpc.kernels.transform import CREST, Norm, Plan, outer_matrix, transform
-from qpc.kernels.transform_hopper import transform_kernel
+from benchmarks.rms_norm import rms_norm
+from qpc.kernels import reference, transform_hopper
+from qpc.kernels.operand import pack_operand, projections, unpack_operand
+from qpc.kernels.transform import Norm, Plan, transform
+from qpc.kernels.transform_hopper import Cut
 
 BATCHES = (1, 4, 8)
 LAUNCHES = 200
 REPLAYS = 20
 EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A block as `H_outer (kron) H_power`: members of the outer factor in a program, warps of a program."""
-
-    outer: int
-    power: int
-    members: int
-    warps: int
-
-    @property
-    def features(self) -> int:
-        return self.outer * self.power
-
 
 PLAIN = [
     *(Plan(4, 1024, 1, 4), Plan(1, 4096, 1, 8, True), Plan(1, 4096, 1, 16, True)),
@@ -48,7 +32,7 @@ PLAIN = [
 LAYOUTS = [
     *(Cut(4, 1024, 1, 4), Cut(8, 512, 1, 2), Cut(8, 512, 2, 4), Cut(16, 256, 4, 2), Cut(16, 256, 1, 1)),
     *(Cut(28, 512, 2, 4), Cut(28, 512, 1, 2), Cut(28, 512, 4, 4), Cut(28, 1024, 1, 4)),
-    *(Cut(12, 128, 2, 2), Cut(12, 128, 1, 1)),
+    *(Cut(16, 1024, 1, 4), Cut(28, 1024, 4, 8), Cut(12, 128, 2, 2), Cut(12, 128, 1, 1)),
 ]
 NORMED = [Plan(4, 1024, 1, 4), Cut(4, 1024, 1, 4), Cut(8, 512, 1, 2), Cut(8, 512, 2, 4), Cut(12, 128, 1, 1)]
 
@@ -56,31 +40,6 @@ NORMED = [Plan(4, 1024, 1, 4), Cut(4, 1024, 1, 4), Cut(8, 512, 1, 2), Cut(8, 512
 @triton.jit
 def _empty_kernel(x):
     pass
-
-
-@triton.jit
-def _norm_kernel(x, residual, weight, hidden, out, features, eps, WIDTH: tl.constexpr):
-    row = tl.program_id(0) * features
-    at = tl.arange(0, WIDTH)
-    kept = at < features
-    value = tl.load(x + row + at, mask=kept, other=0).to(tl.float32) + tl.load(residual + row + at, mask=kept, other=0).to(tl.float32)
-    tl.store(hidden + row + at, value.to(hidden.dtype.element_ty), mask=kept)
-    value = value.to(hidden.dtype.element_ty).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / features + eps)
-    tl.store(out + row + at, (value * scale * tl.load(weight + at, mask=kept, other=0).to(tl.float32)).to(out.dtype.element_ty), mask=kept)
-
-
-def layouts(x: Tensor, signs: Tensor, norm: Norm | None, cut: Cut, pdl: bool, out: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Launch the kernel with explicit layouts."""
-    words, scales, hidden = out
-    features = cut.features
-    matrix = outer_matrix(cut.outer, features, x.device, True)
-    transform_kernel[(triton.cdiv(cut.outer, cut.members), len(x))](
-        x, None if norm is None else norm.residual, None if norm is None else norm.weight, signs, matrix, hidden, words, scales, features,
-        len(x), x.stride(0), x.stride(0), EPS, 0.0, CREST=min(CREST, features**0.5), OUTER=cut.outer, POWER=cut.power, MEMBERS=cut.members,
-        VECTOR=cut.power // (32 * cut.warps), WARPS=cut.warps, NORM=norm is not None, RESIDUAL=norm is not None, PDL=pdl,
-        num_warps=cut.warps, launch_pdl=pdl,
-    )  # fmt: skip
 
 
 def microseconds(launch: Callable[[], object]) -> float:
@@ -125,33 +84,21 @@ def expected(x: Tensor, signs: Tensor, norm: Norm | None) -> tuple[Tensor, Tenso
     return hidden, reference.rotate(wide, signs, x.shape[1])
 
 
-def verdict(cut: Plan | Cut, normed: bool, pdl: bool) -> str:
+def verdict(cut: Plan | Cut, normed: bool) -> str:
     """Largest error in steps of the scale (exact rounding: 0.5), and the scale over that of the peak."""
     x, signs, norm = inputs(cut.outer * cut.power, 3, normed)
-    made = outputs(x, norm)
-    for each in made[: 2 if norm is None else 3]:
-        each.fill_(-1)
-    words, scales, hidden = run(x, signs, norm, cut, pdl, made)
+    words, scales, hidden = run(x, signs, norm, cut)
     hidden_expected, rotated = expected(x, signs, norm)
-    error = ((unpack_operand(words, scales, x.shape[1]) - rotated).abs() / scales.double()[:, None]).max()
+    error = ((unpack_operand(words, scales) - projections(rotated)).abs() / scales.double()[:, None, None]).max()
     right = error < 0.6 and torch.equal(hidden, hidden_expected)
     return f"{'ok' if right else 'WRONG'} {float(error):.3f} x{float((scales / pack_operand(rotated)[1]).max()):.1f}"
 
 
-def outputs(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, scales and hidden sum to be written; `x` in place of the sum where there is none."""
-    words, scales = pack_operand(torch.zeros_like(x))
-    return torch.empty_like(words), torch.empty_like(scales), x if norm is None else torch.empty_like(x)
-
-
-def run(
-    x: Tensor, signs: Tensor, norm: Norm | None, cut: Plan | Cut, pdl: bool, made: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(x: Tensor, signs: Tensor, norm: Norm | None, cut: Plan | Cut) -> tuple[Tensor, Tensor, Tensor]:
     """Words, scales and hidden sum."""
     if isinstance(cut, Plan):
         return transform(x, signs, x.shape[1], norm, cut)
-    layouts(x, signs, norm, cut, pdl, made)
-    return made
+    return transform_hopper.transform(x, signs, norm, cut)
 
 
 def row(cut: Plan | Cut, normed: bool) -> None:
@@ -159,16 +106,12 @@ def row(cut: Plan | Cut, normed: bool) -> None:
     began = time.perf_counter()
     name = f"{type(cut).__name__:4} {cut.outer:3} x {cut.power:4} m{cut.members} w{cut.warps}"
     try:
-        checks = [verdict(cut, normed, pdl) for pdl in ((False, True) if isinstance(cut, Cut) else (False,))]
-        cells = []
-        for pdl in (False, True):
-            for batch in BATCHES:
-                if pdl and isinstance(cut, Plan):
-                    continue
-                x, signs, norm = inputs(cut.outer * cut.power, batch, normed)
-                made = outputs(x, norm)
-                cells.append(f"{microseconds(lambda: run(x, signs, norm, cut, pdl, made)):6.2f}")  # noqa: B023
-        print(f"{cut.outer * cut.power:6} {'norm' if normed else '':4} {name:22} {' '.join(cells):42} {'; '.join(checks)}"
+        check, cells = verdict(cut, normed), []
+        for batch in BATCHES:
+            x, signs, norm = inputs(cut.outer * cut.power, batch, normed)
+            cells.append(f"{microseconds(lambda: run(x, signs, norm, cut)):6.2f}")  # noqa: B023
+        chosen = "chosen" if cut == transform_hopper.cut(cut.outer * cut.power, cut.outer * cut.power, normed) else ""
+        print(f"{cut.outer * cut.power:6} {'norm' if normed else '':4} {name:22} {' '.join(cells):21} {chosen:6} {check}"
               f"  ({time.perf_counter() - began:.1f} s)", flush=True)  # fmt: skip
     except Exception as error:
         print(f"{name} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -178,9 +121,7 @@ def norm_microseconds(features: int, batch: int, warps: int) -> float:
     """Time of RMSNorm with a residual."""
     x, _, norm = inputs(features, batch, True)
     assert norm is not None
-    hidden, out, width = torch.empty_like(x), torch.empty_like(x), triton.next_power_of_2(features)
-    arguments = (x, norm.residual, norm.weight, hidden, out, features, EPS)
-    return microseconds(lambda: _norm_kernel[(batch,)](*arguments, WIDTH=width, num_warps=warps))
+    return microseconds(lambda: rms_norm(x, norm.residual, norm.weight, EPS, warps))
 
 
 def main() -> None:
@@ -188,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, help="one number of features")
     only = parser.parse_args().only
-    print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, f"batches {BATCHES}, then with pdl")
+    print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, f"batches {BATCHES}")
     x = torch.empty(1, device="cuda")
     print(f"empty kernel {microseconds(lambda: _empty_kernel[(1,)](x, num_warps=4)):.2f}")
     for features in (4096, 14336):

@@ -137,6 +137,17 @@ def test_bf16_passes_its_check() -> None:
         check(calls[1], expected, ROUNDING)
 
 
+@pytest.mark.parametrize("features", [96, 100])
+def test_transforms_pass_their_checks(features: int) -> None:
+    """But those that are Triton kernels and nothing else."""
+    names = set()
+    for each in transform.transforms(features, 3, torch.device("cpu")):
+        if not each.name.startswith("triton"):
+            check(lambda each=each: each.values(each.call()), each.expected, each.tolerance)  # type: ignore[misc]
+            names.add(each.name)
+    assert names >= {"rotate", "rms_norm", "rotate_operand", "norm_operand", "add_norm_operand"}
+
+
 def test_columns_of_baselines_have_names_in_the_report() -> None:
     assert set(summary.OTHERS) == {"int4_us"} | {f"{baseline.name}_us" for baseline in OTHERS}
 
