@@ -21,7 +21,7 @@ from qpc.quant.layout import BLOCK_COLUMNS
 
 @torch.library.custom_op("qpc::rotate_operand", mutates_args=())
 def rotate_operand(x: Tensor, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The operand of a rotated activation, which is not rounded in between.
+    """The operand of a rotated activation, in float32 or better between.
 
     x: [..., in_features], any float dtype, at most 16 rows. signs, block: as in `qpc::rotate`. Returns words int32
     [column_blocks, rows, 2, 4, 2, 2], rows the power of two at or above the number of rows of `x`, those beyond undefined; and scales
@@ -43,9 +43,10 @@ def _(x: Tensor, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qpc::norm_operand", mutates_args=())
 def norm_operand(x: Tensor, weight: Tensor, eps: float, offset: float, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The operand of a rotated RMSNorm, `x / sqrt(mean(x^2) + eps) * (weight + offset)`; nothing is rounded in between.
+    """The operand of a rotated RMSNorm, `x / sqrt(mean(x^2) + eps) * (weight + offset)`, in float32 or better between.
 
-    As `rotate_operand`. weight: [in_features], a float dtype. offset: 1 for models that store the weight less 1.
+    As `rotate_operand`. weight: [in_features], a float dtype. offset: 1 for models that store the weight less 1. A Hopper GPU reads weight
+    and signs while kernels of the stream before this one may still run, so they must not be results of those.
     """
     batch = _check_norm(x, weight, signs, block)
     if batch and supports(x.device, x.dtype).require() is Implementation.TRITON:

@@ -1,5 +1,6 @@
 """The Triton kernels against their oracles on a GPU, and the operators as models call them."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 from qpc.errors import KernelError
 from qpc.kernels import ops, reference
+from qpc.kernels.linear import QuantizedLinear
+from qpc.quant.rotation import Rotation
+from qpc.quant.trellis import TrellisQuantizer
 from tests.kernels.packed import packed
 from tests.kernels.tolerances import assert_close
 
@@ -39,6 +43,27 @@ def test_operator_in_a_compiled_graph(family: str) -> None:
     with torch.inference_mode():
         expected = reference.linear(x, weight.codes, weight.scales, None, weight.quantizers, 96) + 1
         assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16, 17])
+def test_module_in_a_compiled_graph_and_a_cuda_graph(batch: int) -> None:
+    """By whichever operators it takes on this GPU."""
+    weight = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
+    rotation = Rotation.random(512, torch.Generator().manual_seed(1))
+    stored = replace(TrellisQuantizer(4, 12).quantize(rotation.apply(weight)), rotation=rotation)
+    module = QuantizedLinear.from_packed(stored).to("cuda")
+    x = torch.randn(batch, 512, device="cuda").bfloat16()
+    expected = (x.double() @ stored.restored().double().cuda().T).bfloat16()
+    with torch.inference_mode():
+        assert_close(module(x), expected)
+        assert_close(torch.compile(module, fullgraph=True, dynamic=False)(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = module(x)
+        for _ in range(3):
+            captured.fill_(float("nan"))
+            graph.replay()
+            assert_close(captured, expected)
 
 
 def test_float64_has_no_kernel() -> None:
