@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 
 
 def compiled(
-    *step_bits: int, operand_rows: int = 1, warpgroups: int = 2, depth: int = 2, split: bool = True, chunk_bytes: int = 4096
+    *step_bits: int, operand_rows: int = 1, warpgroups: int = 4, depth: int = 4, stages: int = 3, chunk_bytes: int = 16384, registers: int = 64
 ) -> Any:
     """The kernel for sm_90a; a second number of bits is that of a second part."""
     first, second = (*step_bits, 0)[:2]
     constants = {
         "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
-        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
-        "HAS_BIAS": False, "SPLIT": split, "WARPGROUPS": warpgroups, "PDL": True,
+        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": stages, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
+        "HAS_BIAS": False, "WARPGROUPS": warpgroups, "PDL": True,
     }  # fmt: skip
     types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
     types |= {"operand_scales": "*fp32", "workspace": "*fp32"}
@@ -42,7 +42,7 @@ def compiled(
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = GluonASTSource(fused_kernel, signature, constants, attributes)
-    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.register_limit(operand_rows)}
+    options = {"num_warps": 4 * warpgroups, "maxnreg": registers}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
