@@ -41,7 +41,7 @@ SHARED_BYTES = 227 << 10
 MAX_COLUMNS = 32752
 """Input columns that a warp may add up in int32: 4 * 128 * 128 * 32752 < 2^31, four bytes for each column times the largest limb."""
 
-CHUNK_BYTES, MAX_STAGES = 16384, 4
+CHUNK_BYTES, MAX_STAGES = 8192, 4
 """Of the operand at a time, unless one turn is larger; and slots of a ring at most."""
 
 CUTS = ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
@@ -129,7 +129,7 @@ def cut_for(
     cut = Plan(warpgroups, depth, counts, chunk, max(stages, 1), registers)
     while not stages and cut.stages < MAX_STAGES:
         deeper = replace(cut, stages=cut.stages + 1)
-        if program_bytes(deeper, max(step_bits)) > SHARED_BYTES // cut.resident - 1024:
+        if program_bytes(deeper, max(step_bits), operand_rows) > SHARED_BYTES // cut.resident - 1024:
             break
         cut = deeper
     return cut
@@ -160,15 +160,15 @@ def head_bytes(warpgroups: int, stages: int) -> int:
     return -(-(OPERAND_BARRIER_BYTES + 32 * int(warpgroups) * int(stages)) // 128) * 128
 
 
-def exchange_bytes(warpgroups: int) -> int:
-    """Shared memory in which warpgroups exchange their sums for four rows of the batch."""
-    return int(warpgroups) * 4 * EXCHANGE_STRIDE * 4
+def exchange_bytes(warpgroups: int, operand_rows: int) -> int:
+    """Shared memory in which warpgroups exchange their sums, for four rows of the batch at a time."""
+    return int(warpgroups) * min(4, int(operand_rows)) * EXCHANGE_STRIDE * 4
 
 
-def program_bytes(cut: Plan, step_bits: int) -> int:
+def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
     """Shared memory of a program."""
     rings = 4 * cut.warpgroups * cut.stages * cut.depth * 64 * step_bits
-    return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange_bytes(cut.warpgroups) + rings
+    return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange_bytes(cut.warpgroups, operand_rows) + rings
 
 
 def register_limit(operand_rows: int) -> int:

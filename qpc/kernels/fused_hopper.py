@@ -199,10 +199,10 @@ def _whole(sums, AT: gl.constexpr):
 
 
 @gluon.jit
-def _exchange(sums, TILE: gl.constexpr, batch, to, lane, warpgroup, warp_row, TILES: gl.constexpr):
+def _exchange(sums, TILE: gl.constexpr, batch, to, lane, warpgroup, warp_row, TILES: gl.constexpr, ITEMS: gl.constexpr):
     """Leave the sums for four rows of the batch in shared memory: [warpgroup][row of the batch][row of the group]."""
     _do(_BARRIER, "=r,r", [lane])
-    to += (((warpgroup * 4 + lane % 4) * _STRIDE + warp_row * 64 + lane // 4) * 4).to(gl.uint32)
+    to += (((warpgroup * ITEMS + lane % 4) * _STRIDE + warp_row * 64 + lane // 4) * 4).to(gl.uint32)
     there = (TILE * 4 + lane % 4 < batch).to(gl.int32)
     for quarter in gl.static_range(4):
         for half in gl.static_range(2):
@@ -222,6 +222,7 @@ def _finish(
     """
     ELEMENTS: gl.constexpr = 8 // WARPGROUPS
     STRIDE: gl.constexpr = _ROWS * OPERAND_ROWS
+    ITEMS: gl.constexpr = OPERAND_ROWS if OPERAND_ROWS < 4 else 4
     index = gl.arange(0, 4 * _ROWS, gl.BlockedLayout([ELEMENTS], [32], [4 * WARPGROUPS], [0]))
     item, row = TILE * 4 + index // _ROWS, group * _ROWS + index % _ROWS
     mask = (item < batch) & (row < out_features)
@@ -229,7 +230,7 @@ def _finish(
     at += EXCHANGE + ((index // _ROWS * _STRIDE + index % _ROWS) * 4).to(gl.uint32)
     total = gl.zeros_like(index).to(gl.float32)
     for warpgroup in gl.static_range(WARPGROUPS):
-        total += gl.inline_asm_elementwise(_LOAD, "=f,r", [at + warpgroup * (16 * _STRIDE)], gl.float32, is_pure=False, pack=1)
+        total += gl.inline_asm_elementwise(_LOAD, "=f,r", [at + warpgroup * (4 * ITEMS * _STRIDE)], gl.float32, is_pure=False, pack=1)
     total = total * UNIT
     place = workspace + (first_place + place_in_group) * STRIDE + item * _ROWS + index % _ROWS
     if finishes:
@@ -274,11 +275,12 @@ def _multiply_part(
     BLOCK_BYTES: gl.constexpr = 64 * STEP_BITS
     STAGE: gl.constexpr = DEPTH * BLOCK_BYTES
     TURN: gl.constexpr = DEPTH * WARPGROUPS
+    ITEMS: gl.constexpr = OPERAND_ROWS if OPERAND_ROWS < 4 else 4
     TURN_BYTES: gl.constexpr = TURN * OPERAND_BYTES
     CHUNK: gl.constexpr = CHUNK_BYTES // TURN_BYTES
     HEAD: gl.constexpr = _head_bytes(WARPGROUPS, STAGES)
     EXCHANGE: gl.constexpr = HEAD + 2 * CHUNK_BYTES + _TAIL
-    RINGS: gl.constexpr = EXCHANGE + _exchange_bytes(WARPGROUPS)
+    RINGS: gl.constexpr = EXCHANGE + _exchange_bytes(WARPGROUPS, OPERAND_ROWS)
     groups = (rows + 3) // 4
     units = groups * turns
     first = units * program // programs
@@ -339,14 +341,14 @@ def _multiply_part(
         group = begin // turns
         left = end - begin
         sums = ()
-        for zeros in gl.static_range(16 * TILES):
+        for _zero in gl.static_range(16 * TILES):
             sums += (zero,)
         while left > 0:
             here = gl.minimum(left, CHUNK)
             buffer = (chunk % 2).to(gl.uint32)
             _do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
             at = shared + HEAD + buffer * (CHUNK * TURN_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
-            for turn in range(here):
+            for _turn in range(here):
                 if (ahead_left == 0) & (ahead > first):
                     left_of_it = ahead
                     ahead = _last_segment(first, left_of_it, turns)
@@ -386,7 +388,7 @@ def _multiply_part(
             place_in_group += _contributors(group, before[0], groups, before[1])
         finishes = (end == group * turns + turns) & IS_LAST
         for tile in gl.static_range(TILES):
-            _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES)
+            _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES, ITEMS)
             _finish(
                 tile, group, group * most, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
                 EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
@@ -410,7 +412,7 @@ def fused_kernel(
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
     if PDL:
         gdc_launch_dependents()
-    BEFORE_RINGS: gl.constexpr = _head_bytes(WARPGROUPS, STAGES) + 2 * CHUNK_BYTES + _TAIL + _exchange_bytes(WARPGROUPS)
+    BEFORE_RINGS: gl.constexpr = _head_bytes(WARPGROUPS, STAGES) + 2 * CHUNK_BYTES + _TAIL + _exchange_bytes(WARPGROUPS, OPERAND_ROWS)
     SIZE: gl.constexpr = BEFORE_RINGS + 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
     memory = gl.allocate_shared_memory(gl.int64, [SIZE // 8, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(2):

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def compiled(
-    *step_bits: int, operand_rows: int = 1, warpgroups: int = 4, depth: int = 4, stages: int = 3, chunk_bytes: int = 16384, registers: int = 64
+    *step_bits: int, operand_rows: int = 1, warpgroups: int = 4, depth: int = 4, stages: int = 3, chunk_bytes: int = 8192, registers: int = 64
 ) -> Any:
     """The kernel for sm_90a; a second number of bits is that of a second part."""
     first, second = (*step_bits, 0)[:2]
