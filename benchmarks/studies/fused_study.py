@@ -71,11 +71,11 @@ def plans(
 ) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers in product(CUTS, (64, 80, 128)):
+    for (warpgroups, depth), registers in product(CUTS, (64, 128)):
         resident = 65536 // (128 * warpgroups * registers)
         if any(width % (warpgroups * depth) for width in widths) or not resident:
             continue
-        for each, stages in product(sorted({1, resident}), (2, 3, 4)):
+        for each, stages in product(sorted({1, 2, resident}), (2, 3, 4)):
             cut = fused.cut_for(warpgroups, depth, block_rows, widths, bits, words, rows, each * count, registers, stages)
             if cut and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
                 found.append(cut)

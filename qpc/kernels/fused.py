@@ -123,7 +123,8 @@ def cut_for(
     first = round(programs * work[0] / sum(work))
     shares = (programs,) if len(widths) == 1 else (max(1, min(first, programs - 1)), max(1, programs - first))
     longest = MAX_COLUMNS // (16 * depth)
-    counts = tuple(fewest(groups * count, share, longest) for count, share in zip(turns, shares, strict=True))
+    units = [groups * count for count in turns]
+    counts = tuple(max(min(share, count), -(-count // longest)) for count, share in zip(units, shares, strict=True))
     turn_bytes = 128 * operand_rows * turn
     chunk = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
     cut = Plan(warpgroups, depth, counts, chunk, max(stages, 1), registers)
@@ -133,12 +134,6 @@ def cut_for(
             break
         cut = deeper
     return cut
-
-
-def fewest(units: int, programs: int, longest: int) -> int:
-    """The fewest programs none of which has more units than with so many, and none more than `longest`."""
-    each = min(-(-units // programs), longest)
-    return -(-units // each)
 
 
 @cache
