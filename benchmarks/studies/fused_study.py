@@ -26,7 +26,7 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((2, 4), (4, 2), (4, 4), (8, 1), (8, 2))
+CUTS = ((1, 4), (2, 2), (2, 4), (4, 2), (4, 4))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4
@@ -71,14 +71,13 @@ def plans(
 ) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers in product(CUTS, (64, 128)):
-        resident = 65536 // (128 * warpgroups * registers)
-        if any(width % (warpgroups * depth) for width in widths) or not resident:
+    for (warpgroups, depth), registers, load, stages in product(CUTS, (80, 96, 128), (2, 4), (2, 3)):
+        programs = load // warpgroups * count
+        if any(width % (warpgroups * depth) for width in widths) or not programs:
             continue
-        for each, stages in product(sorted({1, 2, resident}), (2, 3, 4)):
-            cut = fused.cut_for(warpgroups, depth, block_rows, widths, bits, words, rows, each * count, registers, stages)
-            if cut and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
-                found.append(cut)
+        cut = fused.cut_for(warpgroups, depth, block_rows, widths, bits, words, rows, programs, registers, stages)
+        if cut.resident * count >= programs and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
+            found.append(cut)
     return list(dict.fromkeys(found))
 
 

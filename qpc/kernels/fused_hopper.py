@@ -32,6 +32,7 @@ from qpc.kernels.fused_ptx import (
     INITIALIZE,
     LOAD,
     OF_LANE_0,
+    PREFETCH,
     PUBLISH,
     PUBLISH_BARRIERS,
     REFILL,
@@ -55,7 +56,7 @@ _SHARED, _BARRIER = gl.constexpr(SHARED), gl.constexpr(BARRIER)
 _INITIALIZE, _PUBLISH_BARRIERS = gl.constexpr(INITIALIZE), gl.constexpr(PUBLISH_BARRIERS)
 _ARRIVE, _WAIT, _WAIT_IF = gl.constexpr(ARRIVE), gl.constexpr(WAIT), gl.constexpr(WAIT_IF)
 _COPY, _REFILL, _STORE, _LOAD = gl.constexpr(COPY), gl.constexpr(REFILL), gl.constexpr(STORE), gl.constexpr(LOAD)
-_PUBLISH, _OF_LANE_0 = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0)
+_PUBLISH, _OF_LANE_0, _PREFETCH = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0), gl.constexpr(PREFETCH)
 
 _head_bytes, _exchange_bytes = gluon.constexpr_function(head_bytes), gluon.constexpr_function(exchange_bytes)
 _multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
@@ -169,16 +170,17 @@ def _contributors(group, turns, groups, programs):
 
 
 @gluon.jit
-def _last_segment(begin, end, turns):
-    """Where the units of [begin, end) begin that are of the last group."""
-    return gl.maximum(begin, (end - 1) // turns * turns)
+def _segment(group, begin, end, turns):
+    """The units of [begin, end) that are of a group: the turn of the first of them, and how many."""
+    start = gl.maximum(begin - group * turns, 0)
+    return start, gl.minimum(end - group * turns, turns) - start
 
 
 @gluon.jit
-def _codes_at(codes, unit, turns, warp_row, warpgroup, rows, TURN: gl.constexpr, DEPTH: gl.constexpr, STEP_BITS: gl.constexpr):
-    """Where the codes of a warp for a unit are; `rows` is the last block row that is there."""
-    block_row = gl.minimum(unit // turns * 4 + warp_row, rows)
-    return codes + (block_row.to(gl.int64) * (turns * TURN) + unit % turns * TURN + warpgroup * DEPTH) * (16 * STEP_BITS)
+def _codes_at(codes, group, turn, turns, warp_row, warpgroup, rows, TURN: gl.constexpr, DEPTH: gl.constexpr, STEP_BITS: gl.constexpr):
+    """Where the codes are that a warp reads in a turn of a group. rows: block rows of the weight; a warp beyond them reads the last."""
+    block_row = gl.minimum(group * 4 + warp_row, rows - 1)
+    return codes + (block_row.to(gl.int64) * (turns * TURN) + turn * TURN + warpgroup * DEPTH) * (16 * STEP_BITS)
 
 
 @gluon.jit
@@ -298,16 +300,16 @@ def _multiply_part(
         _do(_INITIALIZE, "=r,r,r", [barriers + 8 * stage, elected.to(gl.int32)])
     _do(_PUBLISH_BARRIERS, "=r,r", [lane])
 
-    ahead = _last_segment(first, end, turns)
-    ahead_left = end - ahead
-    source = _codes_at(codes, ahead, turns, warp_row, warpgroup, rows - 1, TURN, DEPTH, STEP_BITS)
+    group = (end - 1) // turns
+    ahead = group
+    start, ahead_left = _segment(group, first, end, turns)
+    source = _codes_at(codes, ahead, start, turns, warp_row, warpgroup, rows, TURN, DEPTH, STEP_BITS)
     stage_bytes = gl.full_like(lane, STAGE)
     for stage in gl.static_range(STAGES):
-        if (ahead_left == 0) & (ahead > first):
-            left_of_it = ahead
-            ahead = _last_segment(first, left_of_it, turns)
-            ahead_left = left_of_it - ahead
-            source = _codes_at(codes, ahead, turns, warp_row, warpgroup, rows - 1, TURN, DEPTH, STEP_BITS)
+        if (ahead_left == 0) & (ahead * turns > first):
+            ahead -= 1
+            start, ahead_left = _segment(ahead, first, end, turns)
+            source = _codes_at(codes, ahead, start, turns, warp_row, warpgroup, rows, TURN, DEPTH, STEP_BITS)
         _do(
             _COPY,
             "=r,r,r,l,r,r",
@@ -324,22 +326,20 @@ def _multiply_part(
     far = (4 * ((first_word + (STEP_BITS + 1) // 2) % (16 * STEP_BITS))).to(gl.uint32)
     shift = (lane % 2 * 16).to(gl.uint32)
     slot, barrier, phase, chunk = ring, barriers, zero, zero
-    copied = _last_segment(first, end, turns)
-    copied_left = end - copied
-    copied_turn = copied % turns
+    copied = group
+    copied_turn, copied_left = _segment(group, first, end, turns)
     for number in gl.static_range(2):
-        if (copied_left == 0) & (copied > first):
-            left_of_it = copied
-            copied = _last_segment(first, left_of_it, turns)
-            copied_left, copied_turn = left_of_it - copied, copied % turns
+        if (copied_left == 0) & (copied * turns > first):
+            copied -= 1
+            copied_turn, copied_left = _segment(copied, first, end, turns)
         count = _copy_chunk(operand, copied_turn, copied_left, zero + number, shared, thread == 0, HEAD, CHUNK, TURN_BYTES)
         copied_turn += count
         copied_left -= count
 
-    while end > first:
-        begin = _last_segment(first, end, turns)
-        group = begin // turns
-        left = end - begin
+    while (group + 1) * turns > first:
+        turn, left = _segment(group, first, end, turns)
+        finishes = (turn + left == turns) & IS_LAST
+        _do(_PREFETCH, "=r,l,r", [scales + (group * _ROWS + thread * 64), ((thread < 4) & (group * 4 + thread < rows)).to(gl.int32)])
         sums = ()
         for _zero in gl.static_range(16 * TILES):
             sums += (zero,)
@@ -349,11 +349,10 @@ def _multiply_part(
             _do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
             at = shared + HEAD + buffer * (CHUNK * TURN_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
             for _turn in range(here):
-                if (ahead_left == 0) & (ahead > first):
-                    left_of_it = ahead
-                    ahead = _last_segment(first, left_of_it, turns)
-                    ahead_left = left_of_it - ahead
-                    source = _codes_at(codes, ahead, turns, warp_row, warpgroup, rows - 1, TURN, DEPTH, STEP_BITS)
+                if (ahead_left == 0) & (ahead * turns > first):
+                    ahead -= 1
+                    start, ahead_left = _segment(ahead, first, end, turns)
+                    source = _codes_at(codes, ahead, start, turns, warp_row, warpgroup, rows, TURN, DEPTH, STEP_BITS)
                 _do(_WAIT, "=r,r,r", [barrier, phase])
                 for index in gl.static_range(DEPTH):
                     arc = _load_arc(slot + own + index * BLOCK_BYTES, slot + far + index * BLOCK_BYTES, STEP_BITS)
@@ -371,10 +370,9 @@ def _multiply_part(
                 at += TURN_BYTES
             empty = shared + 16 + 8 * buffer
             _do(_ARRIVE, "=r,r,r", [empty, elected.to(gl.int32)])
-            if (copied_left == 0) & (copied > first):
-                left_of_it = copied
-                copied = _last_segment(first, left_of_it, turns)
-                copied_left, copied_turn = left_of_it - copied, copied % turns
+            if (copied_left == 0) & (copied * turns > first):
+                copied -= 1
+                copied_turn, copied_left = _segment(copied, first, end, turns)
             if copied_left > 0:
                 _do(_WAIT_IF, "=r,r,r,r", [empty, chunk // 2 % 2, (warp == 0).to(gl.int32)])
                 count = _copy_chunk(operand, copied_turn, copied_left, chunk, shared, thread == 0, HEAD, CHUNK, TURN_BYTES)
@@ -386,14 +384,13 @@ def _multiply_part(
         place_in_group = program - _first_of(group * turns, units, programs)
         if before[1] > 0:
             place_in_group += _contributors(group, before[0], groups, before[1])
-        finishes = (end == group * turns + turns) & IS_LAST
         for tile in gl.static_range(TILES):
             _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES, ITEMS)
             _finish(
                 tile, group, group * most, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
                 EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
             )  # fmt: skip
-        end = begin
+        group -= 1
 
 
 @gluon.jit(do_not_specialize=["turns_0", "turns_1", "programs_0", "most", "batch", "rows"])

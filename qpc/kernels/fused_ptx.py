@@ -43,6 +43,9 @@ COPY = (
 REFILL = "bar.warp.sync 0xffffffff; " + COPY
 """The same after all lanes of the warp have read what was there."""
 
+PREFETCH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
+"""Bring the line at $1 into the second-level cache, if $2."""
+
 STORE = "{.reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0;}"
 """Leave float32 $2 in shared memory at $1, if $3."""
 
