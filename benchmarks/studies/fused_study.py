@@ -26,7 +26,7 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((1, 4), (2, 2), (2, 4), (4, 2), (4, 4))
+CUTS = ((2, 2), (2, 4), (4, 2), (4, 4))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4
@@ -57,7 +57,7 @@ def main() -> None:
             sums["default"] += default["us"]
             sums["bf16"] += bf16
             shown = "; ".join(
-                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} p{row['programs']} c{row['chunk_bytes'] >> 10})"
+                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} p{row['programs']})"
                 for row in best
             )
             print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
@@ -71,11 +71,11 @@ def plans(
 ) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers, load, stages in product(CUTS, (80, 96, 128), (2, 4), (2, 3)):
+    for (warpgroups, depth), registers, load, stages, even in product(CUTS, (96, 128), (2, 4), (2, 3), (False, True)):
         programs = load // warpgroups * count
-        if any(width % (warpgroups * depth) for width in widths) or not programs:
+        if any(width % (warpgroups * depth) for width in widths):
             continue
-        cut = fused.cut_for(warpgroups, depth, block_rows, widths, bits, words, rows, programs, registers, stages)
+        cut = fused.cut_for(warpgroups, depth, block_rows, widths, words, rows, programs, even, stages, registers)
         if cut.resident * count >= programs and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
             found.append(cut)
     return list(dict.fromkeys(found))
@@ -96,9 +96,9 @@ def _multiply(words: torch.Tensor, scales: torch.Tensor, weight: Any, cut: fused
 def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[fused.Plan]:
     weight = weights[0]
     widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
-    rows, count = operand_rows(batch), processors(device)
-    shape = weight.codes[0].shape[0], widths, bits, tuple(map(fused.words_of, weight.parts)), rows, count
-    return [fused.plan(*shape)] if quick else plans(fused.plan(*shape), *shape)
+    rows, count, words = operand_rows(batch), processors(device), tuple(map(fused.words_of, weight.parts))
+    default = fused.plan(weight.codes[0].shape[0], widths, words, rows, count)
+    return [default] if quick else plans(default, weight.codes[0].shape[0], widths, bits, words, rows, count)
 
 
 def _compile(job: tuple[Fraction, int, Shape, int], quick: bool) -> None:

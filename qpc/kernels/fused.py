@@ -7,7 +7,7 @@ Equal input gives equal output.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -41,11 +41,27 @@ SHARED_BYTES = 227 << 10
 MAX_COLUMNS = 32752
 """Input columns that a warp may add up in int32: 4 * 128 * 128 * 32752 < 2^31, four bytes for each column times the largest limb."""
 
-CHUNK_BYTES, MAX_STAGES = 8192, 4
-"""Of the operand at a time, unless one turn is larger; and slots of a ring at most."""
+WARP_ROWS = 4
+"""Block rows of a group of rows, one for each warp of a warpgroup."""
 
-CUTS = ((4, 4), (4, 2), (4, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1))
-"""Warpgroups and depth, best first."""
+CHUNK_BYTES = 8192
+"""Of the operand at a time, unless one turn is larger."""
+
+STAGES = 2
+"""Slots of the ring of codes of a warp. More were not faster."""
+
+REGISTERS, MORE_REGISTERS = 128, 168
+"""Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more than 8 rows of the
+batch have more sums. (With 64 it takes a third longer.)"""
+
+HALF = ((2, 4), (2, 2), (2, 1), (1, 2), (1, 1))
+WHOLE = ((4, 4), (4, 2), *HALF)
+SHORT_TURNS = ((4, 2), (4, 1), (2, 2), *HALF[2:])
+MANY_SUMS = HALF[1:]
+"""Warpgroups and depth, best first: programs that take half of a multiprocessor, or the whole; short turns where the operand is long."""
+
+SMALL_BLOCKS = 256
+"""Blocks for each multiprocessor up to which a kernel takes half of it, so that the next one's codes are there when it may begin."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
@@ -92,16 +108,26 @@ class Plan:
 
 
 @cache
-def plan(
-    block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], words: tuple[int, ...], operand_rows: int, multiprocessors: int
-) -> Plan:
-    """A plan with one program on each multiprocessor.
+def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], operand_rows: int, multiprocessors: int) -> Plan:
+    """The plan that was fastest on an H100 for shapes of this kind (`benchmarks.studies.fused_study`).
 
     widths: block columns of each part, at least 1. words: that a window of each is hashed to. operand_rows: a power of two up to 16.
     """
-    warpgroups, depth = next(cut for cut in CUTS if all(width % (cut[0] * cut[1]) == 0 for width in widths))
-    registers = register_limit(operand_rows)
-    return cut_for(warpgroups, depth, block_rows, widths, step_bits, words, operand_rows, multiprocessors, registers)
+    groups, even = -(-block_rows // WARP_ROWS), True
+    cuts: tuple[tuple[int, int], ...]
+    if operand_rows > 8:
+        cuts, programs = MANY_SUMS, multiprocessors
+    elif operand_rows > 4:
+        cuts, programs = SHORT_TURNS, multiprocessors
+    elif block_rows * sum(widths) <= SMALL_BLOCKS * multiprocessors:
+        cuts, programs, even = HALF, multiprocessors, False
+    elif 2 * groups >= multiprocessors:
+        cuts, programs = HALF, 2 * multiprocessors
+    else:
+        cuts, programs = WHOLE, multiprocessors
+    warpgroups, depth = next(cut for cut in cuts if all(width % (cut[0] * cut[1]) == 0 for width in widths))
+    registers = REGISTERS if operand_rows <= 8 else MORE_REGISTERS
+    return cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even, registers=registers)
 
 
 def cut_for(
@@ -109,31 +135,31 @@ def cut_for(
     depth: int,
     block_rows: int,
     widths: tuple[int, ...],
-    step_bits: tuple[int, ...],
     words: tuple[int, ...],
     operand_rows: int,
     programs: int,
-    registers: int,
-    stages: int = 0,
+    even: bool = False,
+    stages: int = STAGES,
+    registers: int = REGISTERS,
 ) -> Plan:
-    """The plan of so many warpgroups, programs at most, and stages; by default as many of these as have room, four at most."""
-    turn, groups = warpgroups * depth, -(-block_rows // 4)
+    """The plan of so many warpgroups, and programs at most.
+
+    even: no more programs than it takes to have no more turns in any. Otherwise each multiprocessor has one, and has room for one of the
+    next kernel: with fewer, some would get two of the next one.
+    """
+    turn, groups = warpgroups * depth, -(-block_rows // WARP_ROWS)
     turns = [width // turn for width in widths]
     work = [count * (2 + each) for count, each in zip(turns, words, strict=True)]  # in instructions: two for the window, one for a word
     first = round(programs * work[0] / sum(work))
     shares = (programs,) if len(widths) == 1 else (max(1, min(first, programs - 1)), max(1, programs - first))
-    longest = MAX_COLUMNS // (16 * depth)
-    units = [groups * count for count in turns]
-    counts = tuple(max(min(share, count), -(-count // longest)) for count, share in zip(units, shares, strict=True))
+    counts = []
+    for units, share in zip([groups * count for count in turns], shares, strict=True):
+        longest = min(-(-units // share), MAX_COLUMNS // (16 * depth))
+        fewest = -(-units // longest)
+        counts.append(fewest if even else max(fewest, min(share, units)))
     turn_bytes = 128 * operand_rows * turn
-    chunk = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
-    cut = Plan(warpgroups, depth, counts, chunk, max(stages, 1), registers)
-    while not stages and cut.stages < MAX_STAGES:
-        deeper = replace(cut, stages=cut.stages + 1)
-        if program_bytes(deeper, max(step_bits), operand_rows) > SHARED_BYTES // cut.resident - 1024:
-            break
-        cut = deeper
-    return cut
+    chunk_bytes = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
+    return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)
 
 
 @cache
@@ -166,11 +192,6 @@ def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
     return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange_bytes(cut.warpgroups, operand_rows) + rings
 
 
-def register_limit(operand_rows: int) -> int:
-    """Registers of a thread: few, so that the programs of the next kernel start beside those of this one, but enough to spill none."""
-    return 64 if operand_rows <= 4 else 96 if operand_rows == 8 else 128
-
-
 def words_of(quantizer: TrellisQuantizer) -> int:
     """Words that a window is hashed to."""
     return hash_words(quantizer.step_bits, quantizer.window_bits)
@@ -198,8 +219,8 @@ def multiply(
     parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
-    widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), words.shape[1], processors(device))
+    widths = tuple(code.shape[1] for code in packed)
+    cut = cut or plan(rows, widths, tuple(map(words_of, parts)), words.shape[1], processors(device))
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     turns = [width // cut.turn for width in widths]
     most = most_places(-(-rows // 4), tuple(turns), cut.programs)

@@ -185,7 +185,7 @@ def _codes_at(codes, group, turn, turns, warp_row, warpgroup, rows, TURN: gl.con
 
 @gluon.jit
 def _copy_chunk(operand, turn, left, number, shared, starts, HEAD: gl.constexpr, CHUNK: gl.constexpr, TURN_BYTES: gl.constexpr):
-    """Copy a chunk of the operand, the `number`-th of the program: CHUNK turns from `turn` on or what is `left`, if `starts`. Returns that."""
+    """Copy the `number`-th chunk of a program: CHUNK turns of the operand from `turn` on, or what is left; if `starts`. Returns how many."""
     count = gl.minimum(left, CHUNK)
     buffer = (number % 2).to(gl.uint32)
     to = shared + HEAD + buffer * (CHUNK * TURN_BYTES)
@@ -237,10 +237,9 @@ def _finish(
     place = workspace + (first_place + place_in_group) * STRIDE + item * _ROWS + index % _ROWS
     if finishes:
         factor = gl.load(operand_scales + item, mask=mask, other=0.0) * gl.load(scales + row, mask=mask, other=0.0).to(gl.float32)
+        added = gl.zeros_like(factor)
         if HAS_BIAS:
             added = gl.load(bias + row, mask=mask, other=0.0).to(gl.float32)
-        else:
-            added = gl.zeros_like(factor)
         others = gl.zeros_like(factor)
         AT_ONCE: gl.constexpr = _polled(ELEMENTS)
         CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)

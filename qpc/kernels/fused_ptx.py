@@ -57,8 +57,8 @@ PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], 
 
 
 def polled(elements: int) -> int:
-    """How many values `poll` awaits at a time for each element: 32 registers of them together, and 15 at most."""
-    return min(15, 32 // int(elements))
+    """How many values `poll` awaits at a time for each element: 24 registers of them together, and 15 at most."""
+    return min(15, 24 // int(elements))
 
 
 def poll(elements: int, count: int) -> str:
