@@ -26,7 +26,7 @@ from qpc.kernels.launch import processors
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 1), (4, 2))
+CUTS = ((2, 2), (2, 4), (4, 2), (4, 4))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4
@@ -57,7 +57,7 @@ def main() -> None:
             sums["default"] += default["us"]
             sums["bf16"] += bf16
             shown = "; ".join(
-                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} s{row['splits']})"
+                f"{row['us']:.2f} (w{row['warpgroups']} d{row['depth']} n{row['stages']} r{row['registers']} p{row['programs']})"
                 for row in best
             )
             print(f"{float(bits)} bits, batch {batch}, {shape}: default {default['us']:.2f}, best {shown}; bf16 {bf16:.2f}", flush=True)
@@ -66,19 +66,18 @@ def main() -> None:
         print(f"sum: default {sums['default']:.2f} best {sums['best']:.2f} bf16 {sums['bf16']:.2f} us", flush=True)
 
 
-def plans(default: fused.Plan, programs: int, widths: tuple[int, ...], rows: int, step_bits: int, multiprocessors: int) -> list[fused.Plan]:
+def plans(
+    default: fused.Plan, block_rows: int, widths: tuple[int, ...], bits: tuple[int, ...], words: tuple[int, ...], rows: int, count: int
+) -> list[fused.Plan]:
     """The default first, then the grid, as far as it fits."""
     found = [default]
-    for (warpgroups, depth), registers in product(CUTS, (64, 80, 96)):
-        turn = warpgroups * depth
-        if any(width % turn for width in widths) or fused.chunk_room(warpgroups, depth, step_bits, registers) < 256 * rows * turn:
+    for (warpgroups, depth), registers, load, stages, even in product(CUTS, (96, 128), (2, 4), (2, 3), (False, True)):
+        programs = load // warpgroups * count
+        if any(width % (warpgroups * depth) for width in widths):
             continue
-        resident = max(1, fused.resident_warpgroups(registers) // warpgroups)
-        for load in sorted({max(1, resident - 1), resident, resident + 1}):
-            share = max(1, load * multiprocessors // programs // len(widths))
-            splits = tuple(min(share, max(1, width // turn // 2)) for width in widths)
-            chunk_bytes = fused.chunk_bytes(warpgroups, depth, step_bits, registers)
-            found.append(fused.Plan(warpgroups, depth, splits, chunk_bytes, registers))
+        cut = fused.cut_for(warpgroups, depth, block_rows, widths, words, rows, programs, even, stages, registers)
+        if cut.resident * count >= programs and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
+            found.append(cut)
     return list(dict.fromkeys(found))
 
 
@@ -97,9 +96,9 @@ def _multiply(words: torch.Tensor, scales: torch.Tensor, weight: Any, cut: fused
 def _grid(weights: Any, batch: int, device: torch.device, quick: bool) -> list[fused.Plan]:
     weight = weights[0]
     widths, bits = tuple(code.shape[1] for code in weight.codes), tuple(part.step_bits for part in weight.parts)
-    rows, count = operand_rows(batch), processors(device)
-    default = fused.plan(weight.codes[0].shape[0], widths, bits, tuple(map(fused.words_of, weight.parts)), rows, count)
-    return plans(default, -(-weight.codes[0].shape[0] // fused.PROGRAM_ROWS), widths, rows, max(bits), count)[: 1 if quick else None]
+    rows, count, words = operand_rows(batch), processors(device), tuple(map(fused.words_of, weight.parts))
+    default = fused.plan(weight.codes[0].shape[0], widths, words, rows, count)
+    return [default] if quick else plans(default, weight.codes[0].shape[0], widths, bits, words, rows, count)
 
 
 def _compile(job: tuple[Fraction, int, Shape, int], quick: bool) -> None:
@@ -127,7 +126,7 @@ def _measured(bits: Fraction, batch: int, shape: Shape, device: torch.device, qu
             "depth": cut.depth,
             "stages": cut.stages,
             "registers": cut.registers,
-            "splits": list(cut.splits),
+            "programs": list(cut.programs),
         }
         yield what | plan | {"chunk_bytes": cut.chunk_bytes} | timing.row | {"max_rel_error": proof.max_rel_error}
 

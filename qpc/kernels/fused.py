@@ -23,33 +23,45 @@ from qpc.quant.trellis import TrellisQuantizer
 CAPABILITY = (9, 0)
 DTYPES = (torch.float16, torch.bfloat16)
 
-PROGRAM_ROWS = 4
-"""Block rows of one program, one for each warp of a warpgroup."""
+GROUP_ROWS = 256
+"""Rows of the weight that a program takes together: four block rows, one for each warp of a warpgroup."""
 
-STAGES = 2
-"""Slots of the ring of codes of a warp. Four were slower: what they gain in latency they lose in programs on a multiprocessor."""
+EXCHANGE_STRIDE = GROUP_ROWS + 8
+"""Places for one row of the batch when warpgroups exchange their sums: the eight behind keep four rows in different banks."""
 
-HEAD_AND_TAIL_BYTES = 1536
-"""Shared memory besides codes and operand: barriers, and what a product reads behind a small operand."""
+OPERAND_BARRIER_BYTES = 32
+"""Before the barriers of the codes: two of chunks that have come, two of chunks that have been read."""
 
-FINISH_BYTES = 4096
-"""Shared memory in which the sums of a warpgroup change their layout."""
+TAIL_BYTES = 512
+"""Behind the operand, since a product reads four rows also where the operand has fewer."""
 
-SHARED_BYTES = 48 << 10
-"""Most shared memory of a program that is launched without asking for more."""
-
-RESIDENT_BYTES = 227 << 10
-"""Shared memory of a multiprocessor, less what the driver keeps for one program."""
+SHARED_BYTES = 227 << 10
+"""Shared memory of a multiprocessor that one program can have."""
 
 MAX_COLUMNS = 32752
 """Input columns that a warp may add up in int32: 4 * 128 * 128 * 32752 < 2^31, four bytes for each column times the largest limb."""
 
-FEW_ROWS = ((4, 2), (2, 4), (2, 2), (4, 1), (1, 4), (2, 1), (1, 2), (1, 1))
-"""Warpgroups and depth, best first, for weights whose rows make programs for less than half of the multiprocessors: large programs, so that
-few have to put their sums together."""
+WARP_ROWS = 4
+"""Block rows of a group of rows, one for each warp of a warpgroup."""
 
-MANY_ROWS = ((1, 4), (2, 2), (1, 2), (2, 1), (1, 1))
-"""The same for others: small programs, which fill the multiprocessors evenly."""
+CHUNK_BYTES = 8192
+"""Of the operand at a time, unless one turn is larger."""
+
+STAGES = 2
+"""Slots of the ring of codes of a warp. More were not faster."""
+
+REGISTERS, MORE_REGISTERS = 128, 168
+"""Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more than 8 rows of the
+batch have more sums. (With 64 it takes a third longer.)"""
+
+HALF = ((2, 4), (2, 2), (2, 1), (1, 2), (1, 1))
+WHOLE = ((4, 4), (4, 2), *HALF)
+SHORT_TURNS = ((4, 2), (4, 1), (2, 2), *HALF[2:])
+MANY_SUMS = HALF[1:]
+"""Warpgroups and depth, best first: programs that take half of a multiprocessor, or the whole; short turns where the operand is long."""
+
+SMALL_BLOCKS = 256
+"""Blocks for each multiprocessor up to which a kernel takes half of it, so that the next one's codes are there when it may begin."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
@@ -72,79 +84,117 @@ def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dt
 class Plan:
     """How one multiplication is cut.
 
-    warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. splits: programs that share 256 rows, for each part.
-    chunk_bytes: of the operand that are copied to shared memory at a time. registers: of a thread at most. stages: slots of the ring of
-    codes of a warp.
+    warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. programs: for each part of the weight.
+    chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
+    registers: of a thread at most.
     """
 
     warpgroups: int
     depth: int
-    splits: tuple[int, ...]
+    programs: tuple[int, ...]
     chunk_bytes: int
+    stages: int
     registers: int
-    stages: int = STAGES
 
     @property
     def turn(self) -> int:
         """Column blocks of one turn of a program."""
         return self.warpgroups * self.depth
 
+    @property
+    def resident(self) -> int:
+        """Programs for which a multiprocessor has registers."""
+        return (1 << 16) // (128 * self.warpgroups * self.registers)
+
 
 @cache
-def plan(
-    block_rows: int, widths: tuple[int, ...], step_bits: tuple[int, ...], words: tuple[int, ...], operand_rows: int, multiprocessors: int
-) -> Plan:
-    """A plan that fills the multiprocessors.
+def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], operand_rows: int, multiprocessors: int) -> Plan:
+    """The plan that was fastest on an H100 for shapes of this kind (`benchmarks.studies.fused_study`).
 
     widths: block columns of each part, at least 1. words: that a window of each is hashed to. operand_rows: a power of two up to 16.
     """
-    programs, registers = -(-block_rows // PROGRAM_ROWS), register_limit(operand_rows)
-    warpgroups, depth = next(
-        (warpgroups, depth)
-        for warpgroups, depth in (FEW_ROWS if programs <= multiprocessors // 2 else MANY_ROWS)
-        if all(width % (warpgroups * depth) == 0 for width in widths)
-        and chunk_room(warpgroups, depth, max(step_bits), registers) >= 256 * operand_rows * warpgroups * depth
-    )
-    turn = warpgroups * depth
+    groups, even = -(-block_rows // WARP_ROWS), True
+    cuts: tuple[tuple[int, int], ...]
+    if operand_rows > 8:
+        cuts, programs = MANY_SUMS, multiprocessors
+    elif operand_rows > 4:
+        cuts, programs = SHORT_TURNS, multiprocessors
+    elif block_rows * sum(widths) <= SMALL_BLOCKS * multiprocessors:
+        cuts, programs, even = HALF, multiprocessors, False
+    elif 2 * groups >= multiprocessors:
+        cuts, programs = HALF, 2 * multiprocessors
+    else:
+        cuts, programs = WHOLE, multiprocessors
+    warpgroups, depth = next(cut for cut in cuts if all(width % (cut[0] * cut[1]) == 0 for width in widths))
+    registers = REGISTERS if operand_rows <= 8 else MORE_REGISTERS
+    return cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even, registers=registers)
+
+
+def cut_for(
+    warpgroups: int,
+    depth: int,
+    block_rows: int,
+    widths: tuple[int, ...],
+    words: tuple[int, ...],
+    operand_rows: int,
+    programs: int,
+    even: bool = False,
+    stages: int = STAGES,
+    registers: int = REGISTERS,
+) -> Plan:
+    """The plan of so many warpgroups, and programs at most.
+
+    even: no more programs than it takes to have no more turns in any. Otherwise each multiprocessor has one, and has room for one of the
+    next kernel: with fewer, some would get two of the next one.
+    """
+    turn, groups = warpgroups * depth, -(-block_rows // WARP_ROWS)
     turns = [width // turn for width in widths]
-    load = resident_warpgroups(registers) // warpgroups + (warpgroups == 1)
-    wanted = max(len(widths), load * multiprocessors // programs)
     work = [count * (2 + each) for count, each in zip(turns, words, strict=True)]  # in instructions: two for the window, one for a word
-    first = round(wanted * work[0] / sum(work))
-    shares = (wanted,) if len(widths) == 1 else (max(1, min(first, wanted - 1)), max(1, wanted - max(1, first)))
-    least = [-(-count * depth * 16 // MAX_COLUMNS) for count in turns]
-    splits = tuple(max(floor, min(share, max(1, count // 2))) for share, count, floor in zip(shares, turns, least, strict=True))
-    return Plan(warpgroups, depth, splits, chunk_bytes(warpgroups, depth, max(step_bits), registers), registers)
+    first = round(programs * work[0] / sum(work))
+    shares = (programs,) if len(widths) == 1 else (max(1, min(first, programs - 1)), max(1, programs - first))
+    counts = []
+    for units, share in zip([groups * count for count in turns], shares, strict=True):
+        longest = min(-(-units // share), MAX_COLUMNS // (16 * depth))
+        fewest = -(-units // longest)
+        counts.append(fewest if even else max(fewest, min(share, units)))
+    turn_bytes = 128 * operand_rows * turn
+    chunk_bytes = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
+    return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)
 
 
-def register_limit(operand_rows: int) -> int:
-    """Registers of a thread: few, so that many warps are resident, but enough to spill none."""
-    return 80 if operand_rows <= 4 else 96 if operand_rows == 8 else 128
+@cache
+def most_places(groups: int, turns: tuple[int, ...], programs: tuple[int, ...]) -> int:
+    """Programs that have sums for one group, at most."""
+    most = 0
+    for group in range(groups):
+        count = 0
+        for width, parts in zip(turns, programs, strict=True):
+            units = groups * width
+            low, high = (((unit + 1) * parts - 1) // units for unit in (group * width, group * width + width - 1))
+            count += high - low + 1
+        most = max(most, count)
+    return most
 
 
-def resident_warpgroups(registers: int) -> int:
-    """Warpgroups that a multiprocessor holds at a time."""
-    return (1 << 16) // (128 * registers)
+def head_bytes(warpgroups: int, stages: int) -> int:
+    """Shared memory of the barriers, a multiple of 128."""
+    return -(-(OPERAND_BARRIER_BYTES + 32 * int(warpgroups) * int(stages)) // 128) * 128
+
+
+def exchange_bytes(warpgroups: int, operand_rows: int) -> int:
+    """Shared memory in which warpgroups exchange their sums, for four rows of the batch at a time."""
+    return int(warpgroups) * min(4, int(operand_rows)) * EXCHANGE_STRIDE * 4
+
+
+def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
+    """Shared memory of a program."""
+    rings = 4 * cut.warpgroups * cut.stages * cut.depth * 64 * step_bits
+    return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange_bytes(cut.warpgroups, operand_rows) + rings
 
 
 def words_of(quantizer: TrellisQuantizer) -> int:
     """Words that a window is hashed to."""
     return hash_words(quantizer.step_bits, quantizer.window_bits)
-
-
-def program_bytes(warpgroups: int, registers: int) -> int:
-    """Shared memory that a program may take if as many programs are to be resident as registers allow."""
-    return min(SHARED_BYTES, RESIDENT_BYTES * warpgroups // resident_warpgroups(registers) - 1024)
-
-
-def chunk_bytes(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
-    """The largest chunk of which two have room: a power of two, and so whole turns of any operand."""
-    return 1 << ((chunk_room(warpgroups, depth, step_bits, registers, stages) // 2).bit_length() - 1)
-
-
-def chunk_room(warpgroups: int, depth: int, step_bits: int, registers: int, stages: int = STAGES) -> int:
-    """Shared memory that is left for two chunks of the operand."""
-    return program_bytes(warpgroups, registers) - HEAD_AND_TAIL_BYTES - warpgroups * (FINISH_BYTES + 4 * stages * depth * 64 * step_bits)
 
 
 def multiply(
@@ -169,21 +219,20 @@ def multiply(
     parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
     present = [index for index, code in enumerate(codes) if code.shape[1]]
     parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
-    widths, step_bits = tuple(code.shape[1] for code in packed), tuple(part.step_bits for part in parts)
-    cut = cut or plan(rows, widths, step_bits, tuple(map(words_of, parts)), words.shape[1], processors(device))
-    splits = sum(cut.splits)
+    widths = tuple(code.shape[1] for code in packed)
+    cut = cut or plan(rows, widths, tuple(map(words_of, parts)), words.shape[1], processors(device))
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
-    programs = -(-rows // PROGRAM_ROWS)
-    workspace = workspaces.take(programs * splits * 256 * words.shape[1], device) if splits > 1 else None
     turns = [width // cut.turn for width in widths]
+    most = most_places(-(-rows // 4), tuple(turns), cut.programs)
+    workspace = workspaces.take(-(-rows // 4) * most * GROUP_ROWS * words.shape[1], device)
     two = len(parts) > 1
-    fused_kernel[(programs, splits)](
+    fused_kernel[(sum(cut.programs),)](
         words, activation_scales, packed[0], packed[-1], scales.contiguous(), bias, out, workspace,
-        turns[0], turns[-1], cut.splits[0], batch, rows, out_features,
+        turns[0], turns[-1], cut.programs[0], most, batch, rows, out_features,
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, SPLIT=splits > 1, WARPGROUPS=cut.warpgroups, PDL=True,
+        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, PDL=True,
         num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

@@ -5,6 +5,9 @@ In all texts `$0` is a result; where only the effect counts it is 0 and nobody r
 
 from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 
+SHARED = "mov.u32 $0, global_smem;"
+"""Where the shared memory that Triton allocates begins."""
+
 INITIALIZE = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$1], 1; mov.u32 $0, 0;}"
 """Make the barrier at $1, for one arrival a phase, if $2."""
 
@@ -17,8 +20,19 @@ PUBLISH_BARRIERS = "fence.mbarrier_init.release.cluster; mov.u32 $0, 0;"
 BARRIER = "bar.sync 0; mov.u32 $0, 0;"
 """Wait for all threads of the program."""
 
+ARRIVE = (
+    "{.reg .pred p; setp.ne.u32 p, $2, 0; bar.warp.sync 0xffffffff; @p mbarrier.arrive.release.cta.shared::cta.b64 _, [$1]; mov.u32 $0, 0;}"
+)
+"""Arrive at the barrier at $1 if $2, after all lanes of the warp have come so far."""
+
 WAIT = "{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra AGAIN; mov.u32 $0, 0;}"
 """Wait until the phase of parity $2 of the barrier at $1 is over."""
+
+WAIT_IF = (
+    "{.reg .pred p; setp.eq.u32 p, $3, 0; @p bra OVER; "
+    "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra AGAIN; OVER: mov.u32 $0, 0;}"
+)
+"""The same if $3."""
 
 COPY = (
     "{.reg .pred p; setp.ne.u32 p, $4, 0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $5; "
@@ -29,13 +43,22 @@ COPY = (
 REFILL = "bar.warp.sync 0xffffffff; " + COPY
 """The same after all lanes of the warp have read what was there."""
 
+PREFETCH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
+"""Bring the line at $1 into the second-level cache, if $2."""
+
+STORE = "{.reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0;}"
+"""Leave float32 $2 in shared memory at $1, if $3."""
+
+LOAD = "ld.shared.f32 $0, [$1];"
+"""float32 of shared memory at $1."""
+
 PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], $3; mov.u32 $0, 0;}"
 """Leave $3 at $1 for another program, if $2."""
 
 
 def polled(elements: int) -> int:
-    """How many values `poll` awaits at a time for each element: 32 registers of them together, and 15 at most."""
-    return min(15, 32 // int(elements))
+    """How many values `poll` awaits at a time for each element: 24 registers of them together, and 15 at most."""
+    return min(15, 24 // int(elements))
 
 
 def poll(elements: int, count: int) -> str:
@@ -72,11 +95,6 @@ def poll_constraints(elements: int, count: int) -> str:
 def types(count: int, unsigned: bool = False) -> tuple[gl.dtype, ...]:
     """Types of a tuple of 32-bit integers."""
     return tuple([gl.uint32 if unsigned else gl.int32] * int(count))
-
-
-def shared_bytes(size: int) -> str:
-    """The address of `size` bytes of shared memory, aligned to 128. To be used once in a kernel."""
-    return f"{{.shared .align 128 .b8 qpc_shared[{int(size)}]; mov.u32 $0, qpc_shared;}}"
 
 
 def multiply(tiles: int, words: int) -> str:
