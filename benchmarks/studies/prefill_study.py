@@ -94,7 +94,7 @@ def multiplications(weights: list[RandomWeight], tokens: int, shape: Shape, devi
 def strategies(out_features: int, quick: bool) -> list[Strategy]:
     """What differs for a weight of so many rows."""
     sizes = [rows for rows in (PART_ROWS[2:3] if quick else PART_ROWS) if rows < out_features]
-    found = [large_batch.choose(out_features), Strategy(), *(Strategy(*each) for each in product(sizes, (False, True)))]
+    found = [large_batch.DEFAULT, Strategy(), *(Strategy(*each) for each in product(sizes, (False, True)))]
     return list(dict.fromkeys(found))
 
 

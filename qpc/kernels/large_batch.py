@@ -1,7 +1,7 @@
 """Multiplication of many rows: a part of the weight is decoded to memory, multiplied by cuBLAS, and the next takes its place.
 
-A part that fits into the second-level cache is never written to memory nor read back. The parts are rows of the weight, so they are columns
-of the result, which cuBLAS writes where they belong.
+A part that fits into the second-level cache can stay there instead of going to memory and back. The parts are rows of the weight, so they
+are columns of the result, which cuBLAS writes where they belong.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,8 @@ class Strategy:
         return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-def choose(out_features: int) -> Strategy:
-    """The strategy for a weight."""
-    return Strategy()
+DEFAULT = Strategy()
+"""What is done unless another is asked for."""
 
 
 def multiply(
@@ -48,13 +47,9 @@ def multiply(
     bias: Tensor | None,
     quantizers: Sequence[UniformQuantizer],
     out_features: int,
-    strategy: Strategy | None = None,
+    strategy: Strategy = DEFAULT,
 ) -> Tensor:
-    """`x @ w.T + bias` with a packed weight. x: [batch, in_features]; returns [batch, out_features] in its dtype.
-
-    strategy: by default what `choose` says.
-    """
-    strategy = strategy or choose(out_features)
+    """`x @ w.T + bias` with a packed weight. x: [batch, in_features]; returns [batch, out_features] in its dtype."""
     parts = strategy.parts(out_features)
     overlapped = strategy.overlapped and len(parts) > 1 and x.is_cuda
     out = x.new_empty((x.shape[0], out_features))

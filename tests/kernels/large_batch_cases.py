@@ -33,6 +33,8 @@ def cases(quick: bool) -> Iterator[tuple[str, Check]]:
     yield "decode some block rows", _check_rows
     for strategy, dtype in product(STRATEGIES[:2] if quick else STRATEGIES, (torch.float32,) if quick else DTYPES):
         yield f"large batch {strategy} {dtype}", partial(_check_strategy, strategy, dtype)
+    if not quick:
+        yield "large batch in a CUDA graph", _check_captured
 
 
 def _check_decoded(family: str, shape: tuple[int, int], bits: tuple[int, ...], suffix_bits: int, dtype: torch.dtype, device: str) -> None:
@@ -68,3 +70,19 @@ def _check_strategy(strategy: Strategy, dtype: torch.dtype, device: str) -> None
         with poisoned():
             actual = large_batch.multiply(x, weight.codes, weight.scales, bias, weight.quantizers, 200, strategy)
         assert_close(actual, reference.linear(x, weight.codes, weight.scales, bias, weight.quantizers, 200))
+
+
+def _check_captured(device: str) -> None:
+    """A graph with two streams gives the product of what its input holds when it is replayed. Needs a GPU."""
+    weight = packed("trellis", 450, 80, [4], device=device)
+    x = torch.randn(37, 80, device=device).half()
+    run = partial(large_batch.multiply, x, weight.codes, weight.scales, None, weight.quantizers, 450, Strategy(64, overlapped=True))
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(2):
+        x.copy_(torch.randn(37, 80, device=device))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_close(out, reference.linear(x, weight.codes, weight.scales, None, weight.quantizers, 450))
