@@ -2,27 +2,33 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from benchmarks.weights import RandomWeight
-from qpc.kernels import fused, gpu, ops
-from qpc.kernels.operand import pack_operand
+from qpc.kernels import gpu, ops
+from qpc.kernels.launch import MAX_BATCH
 
 Call = Callable[[], Tensor]
+
+FUSED = find_spec("qpc.kernels.fused") is not None
+"""Whether the multiplication on integer tensor cores is there; else trellis weights take the way of the others."""
 
 OPERANDS = hasattr(torch.ops.qpc, "rotate_operand") and hasattr(torch.ops.qpc, "norm_operand")
 """Whether the transforms that write the operand of that multiplication are there."""
 
 
 def multiplications(weights: list[RandomWeight], x: Tensor) -> list[Call]:
-    """One product `x @ w.T` for each weight, [batch, out_features] in the dtype of x.
+    """One product `x @ w.T` for each weight, [batch, out_features] in the dtype of x, with whatever x becomes made beforehand.
 
-    x: [batch, in_features], already rotated. Where integer tensor cores multiply, it becomes their operand beforehand: that is what a
-    rotation leaves there.
+    x: [batch, in_features], already rotated.
     """
-    if fused.supports(list(weights[0].parts), len(x), x.dtype, x.device).implementation is not None:
+    if FUSED and x.is_cuda and len(x) <= MAX_BATCH and weights[0].parts[0].family == "trellis":
+        from qpc.kernels import fused
+        from qpc.kernels.operand import pack_operand
+
         words, scales = pack_operand(x)
         return [
             partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype) for w in weights

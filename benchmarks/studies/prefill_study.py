@@ -1,9 +1,9 @@
 """How a large batch is best multiplied: `python -m benchmarks.studies.prefill_study [--bits 3] [--tokens 2048] [--json FILE] [--quick]`.
 
 For each linear of a Llama 3.1 8B layer: bfloat16 `F.linear`; decoding alone, by block columns of a program; and every strategy of a grid,
-with the products of its parts alone, of a weight that is decoded already. Each is checked before it is timed. Columns of a row: rate,
-out_features, in_features; of decoding columns, us, copy_share of the copy bandwidth; of a strategy tokens, part_rows (null: all),
-overlapped, us, bf16_us, ratio, product_us. About a minute for one rate.
+beside the products of its parts alone, of a weight that is decoded already, and the decoding of its parts alone into one place. Each is
+checked before it is timed. Columns of a row: rate, out_features, in_features; of decoding columns, us, copy_share of the copy bandwidth; of
+a strategy tokens, part_rows (null: all), overlapped, us, bf16_us, ratio, product_us, decode_us. About a minute for one rate.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
                 rows.append(what | row)
                 print(f"{float(bits)} bits {label(shape):11} {tokens} tokens, parts of {row['part_rows'] or 'all':>5} rows"
                       f"{', overlapped' if row['overlapped'] else '            '}: {row['us']:7.1f} us, {row['ratio']:.3f} of bf16 "
-                      f"{row['bf16_us']:.1f}; products {row['product_us']:.1f}", flush=True)  # fmt: skip
+                      f"{row['bf16_us']:.1f}; products {row['product_us']:.1f}, decoding {row['decode_us']:.1f}", flush=True)  # fmt: skip
                 write_rows(options.json, "prefill_study", rows, card.row)
     print(f"{len(rows)} rows in {time.monotonic() - started_s:.0f} s")
 
@@ -85,9 +85,12 @@ def multiplications(weights: list[RandomWeight], tokens: int, shape: Shape, devi
         timing = time_calls(calls, check(calls[0], expected, ROUNDING), min_calls=MOST_CALLS)
         alone = partial(_products, decoded, x, strategy)
         products = time_calls([alone], check(alone, expected, ROUNDING), min_calls=MOST_CALLS)
+        decoding = [partial(_decoded_by_parts, weight, strategy) for weight in weights[:MOST_CALLS]]
+        proof = check(decoding[0], decoded[strategy.parts(shape[0])[-1]].double(), ROUNDING)
         yield {
             "tokens": tokens, "part_rows": strategy.rows, "overlapped": strategy.overlapped, **timing.row, "bf16_us": round(bf16.us, 3),
             "ratio": round(timing.us / bf16.us, 4), "product_us": round(products.us, 3),
+            "decode_us": round(time_calls(decoding, proof, min_calls=MOST_CALLS).us, 3),
         }  # fmt: skip
 
 
@@ -102,6 +105,16 @@ def _decoded(weight: RandomWeight, columns: int) -> Tensor:
     out = torch.empty(weight.out_features, weight.in_features, dtype=torch.bfloat16, device=weight.scales.device)
     dequantize.decode_rows(weight.codes, weight.scales, weight.parts, out, columns_per_program=columns)
     return out
+
+
+def _decoded_by_parts(weight: RandomWeight, strategy: Strategy) -> Tensor:
+    """The last part."""
+    parts = strategy.parts(weight.out_features)
+    place = torch.empty(parts[0].stop, weight.in_features, dtype=torch.bfloat16, device=weight.scales.device)
+    for part in parts:
+        last = place[: part.stop - part.start]
+        dequantize.decode_rows(weight.codes, weight.scales, weight.parts, last, part.start)
+    return last
 
 
 def _multiplied(weight: RandomWeight, x: Tensor, strategy: Strategy) -> Tensor:

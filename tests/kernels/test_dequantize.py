@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
@@ -69,3 +70,16 @@ def test_bytes_of_a_window_are_added_by_dot_products(code: Code, words: int) -> 
     assert sum(each.startswith("IDP") for each in found) == words * LANE_WEIGHTS
     assert not any(each.startswith(("I2F", "LDL", "STL")) for each in found)
     assert sum(each.startswith("F2FP.BF16") for each in found) == LANE_WEIGHTS // 2
+
+
+def test_a_lifted_sum_times_a_cut_scale_is_exact() -> None:
+    """Neither the bits of the lifted sum nor the number that the multiply-add takes off are rounded in float32."""
+    lift = dequantize._LIFT.value
+    assert torch.tensor(lift).view(torch.int32).item() == dequantize._LIFT_BITS.value
+    sums = torch.tensor([-20736, -4096, -1, 0, 1, 777, 20736], dtype=torch.int32)
+    assert torch.equal((sums + dequantize._LIFT_BITS.value).view(torch.float32).double(), lift + sums.double())
+    scales = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    cut = (scales.view(torch.int32) & -4).view(torch.float32)
+    assert torch.equal((lift * cut).double(), lift * cut.double())
+    assert ((cut.double() / scales.double() - 1).abs() <= 2**-21).all()
+    assert not torch.equal((lift * scales).double(), lift * scales.double()), "the cut is needed"
