@@ -19,7 +19,7 @@ from torch import Tensor
 from qpc.kernels.code import code_of, table_of
 from qpc.kernels.computed_code import PLAIN, bits_in_arc, sum_window
 from qpc.kernels.decode import block_words, decode_in_arc, load_arc, place_in_arc
-from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
+from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import UniformQuantizer
 
 COLUMNS = 8
@@ -35,16 +35,16 @@ _LIFT_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def dequantize_kernel(
-    codes, table, scales, out, columns, first, last, out_features, out_stride,
+    codes, table, scales, out, columns, first_column, out_features, out_stride,
     BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Programs (block row, COLUMNS block columns). The part has `columns`; its weights are those from `first` to `last` of a row of `out`.
+    """Programs (block row, COLUMNS block columns) of a part that has `columns`, from block column `first_column` of the weight on.
 
-    HALVES: 0 where `out` holds weights; otherwise it holds int32 words of two weights, which `first`, `last` and `out_stride` count:
-    float16 with 1, bfloat16 with 2.
+    HALVES: 0 where `out` holds weights; otherwise it holds int32 words of two weights, float16 with 1, bfloat16 with 2. out_stride: such
+    elements of a row, all of which are of the weight.
     """
-    WIDTH: tl.constexpr = COLUMNS * (8 if HALVES else 16)
+    EACH: tl.constexpr = 8 if HALVES else 16
     block_row, start = tl.program_id(0), tl.program_id(1) * COLUMNS
     lane = tl.arange(0, 16 * COLUMNS)
     group = lane % 16 // 2
@@ -64,11 +64,13 @@ def dequantize_kernel(
         tile = _tile(made, COLUMNS)
     else:
         pairs = tl.join(_tile(made, COLUMNS), _tile(others, COLUMNS))
-        tile = tl.reshape(pairs, (64, WIDTH)).to(out.dtype.element_ty)
+        tile = tl.reshape(pairs, (64, EACH * COLUMNS)).to(out.dtype.element_ty)
     row = tl.arange(0, 64)[:, None]
-    inner = first + tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    local = tl.arange(0, EACH * COLUMNS)[None, :]
+    inner = (first_column + start) * EACH + local
+    mask = (block_row * 64 + row < out_features) & (start + local // EACH < columns) & (inner < out_stride)
     to = out + block_row.to(tl.int64) * 64 * out_stride
-    tl.store(to + (row * out_stride + inner), tile, mask=(block_row * 64 + row < out_features) & (inner < last))
+    tl.store(to + (row * out_stride + inner), tile, mask=mask)
 
 
 @triton.jit
@@ -133,17 +135,15 @@ def decode_rows(
     rows, in_features = out.shape
     halves = 0 if PLAIN or in_features % 2 else {torch.float16: 1, torch.bfloat16: 2}.get(out.dtype, 0)
     packed = out.view(torch.int32) if halves else out
-    unit = 2 if halves else 1
     block_rows = slice(first // BLOCK_ROWS, -(-(first + rows) // BLOCK_ROWS))
     chosen = scales[first : block_rows.stop * BLOCK_ROWS].contiguous()
     column = 0
     for part, quantizer in zip(codes, quantizers, strict=True):
         columns, code = part.shape[1], code_of(quantizer)
-        begin, end = column * BLOCK_COLUMNS, min((column + columns) * BLOCK_COLUMNS, in_features)
         if columns:
             dequantize_kernel[(block_rows.stop - block_rows.start, -(-columns // columns_per_program))](
                 part[block_rows].contiguous(), table_of(quantizer, scales.device), chosen, packed,
-                columns, begin // unit, end // unit, rows, in_features // unit,
+                columns, column, rows, packed.shape[1],
                 BITS=code.bits, WINDOW_BITS=code.window_bits, DIMENSION=code.dimension, UNIT=code.unit,
                 COLUMNS=columns_per_program, HALVES=halves, num_warps=columns_per_program // COLUMNS_PER_WARP,
             )  # fmt: skip

@@ -34,8 +34,7 @@ def compiled(code: Code, architecture: int, halves: int = BFLOAT16) -> Any:
         constants["table"] = None
     else:
         types["table"] = "*fp16" if code.dimension == 1 else "*i32"
-    whole = ("first", "last", "out_stride")
-    return compile_kernel(dequantize.dequantize_kernel, types, constants, architecture, WARPS, whole)
+    return compile_kernel(dequantize.dequantize_kernel, types, constants, architecture, WARPS, ("out_stride",))
 
 
 def opcodes(kernel: Any) -> list[str]:
