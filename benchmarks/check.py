@@ -8,13 +8,14 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 
 import torch
 
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import require_gpu
+from tests.kernels import large_batch_cases
 from tests.kernels.cases import FULL, SMALL, Check, cases
 
 MOST_WORKERS = 12
@@ -48,7 +49,8 @@ def main(arguments: list[str]) -> None:
 
 def _selected(quick: bool, only: str) -> Iterator[tuple[str, Check]]:
     """The comparisons that were asked for."""
-    return ((name, comparison) for name, comparison in cases(SMALL if quick else FULL) if only in name)
+    every = chain(cases(SMALL if quick else FULL), large_batch_cases.cases(quick))
+    return ((name, comparison) for name, comparison in every if only in name)
 
 
 def _run_share(quick: bool, only: str, first: int, step: int) -> tuple[int, list[str]]:

@@ -1,6 +1,7 @@
 """The computed code of `qpc.quant.codebook` in Triton, shared by the multiplication and the encoder."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
@@ -14,8 +15,8 @@ _COORDINATES = tl.constexpr(
 
 _hash_words = triton.constexpr_function(hash_words)
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels, which knows no dot product of bytes."""
+PLAIN = tl.constexpr(triton.knobs.runtime.interpret or torch.version.hip is not None)
+"""Whether kernels do without PTX: in Triton's interpreter, and on GPUs of other vendors."""
 
 
 @triton.jit
@@ -31,33 +32,41 @@ def bits_in_arc(words, BIT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def bits_from(low, high, offset):
-    """The 32 bits that start at bit `offset` (a tensor, 0 to 31) of the uint32 `low` and reach into `high`."""
-    pair = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-    return (pair >> offset.to(tl.uint64)).to(tl.uint32)
+def decode_window(word, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
+    """The two code values of the window in the low bits of a uint32, float32; the bits above it are of no account."""
+    even, odd = sum_window(word, 0, STEP_BITS, WINDOW_BITS)
+    return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
-def decode_window(word, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
-    """The two code values of the window in the low bits of a uint32, float32; the bits above it are of no account."""
-    return hash_window(word & ((1 << WINDOW_BITS) - 1), _hash_words(STEP_BITS, WINDOW_BITS))
+def sum_window(word, START: tl.constexpr, STEP_BITS: tl.constexpr, WINDOW_BITS: tl.constexpr):
+    """The same as int32, with START added to each."""
+    return _sum_words(word & ((1 << WINDOW_BITS) - 1), START, _hash_words(STEP_BITS, WINDOW_BITS))
 
 
 @triton.jit
 def hash_window(window, WORDS: tl.constexpr):
-    """The same of a window with nothing above it, from so many words."""
-    even, odd = tl.zeros_like(window).to(tl.int32), tl.zeros_like(window).to(tl.int32)
+    """The two code values of a window with nothing above it, from so many words, float32."""
+    even, odd = _sum_words(window, 0, WORDS)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def _sum_words(window, START: tl.constexpr, WORDS: tl.constexpr):
+    """START plus the bytes of so many words along the directions of both weights, int32."""
+    even = tl.zeros_like(window).to(tl.int32) + START
+    odd = even
     for index in tl.static_range(WORDS):
         word = ((window | _START) * _MULTIPLIERS[index]).to(tl.uint32)
         even = _add_bytes(even, word, _COORDINATES[2 * index])
         odd = _add_bytes(odd, word, _COORDINATES[2 * index + 1])
-    return even.to(tl.float32), odd.to(tl.float32)
+    return even, odd
 
 
 @triton.jit
 def _add_bytes(total, word, COORDINATES: tl.constexpr):
     """An int32 plus the signed bytes of a uint32, each times its coordinate: on a GPU one instruction."""
-    if _INTERPRETED:
+    if PLAIN:
         for index in tl.static_range(4):
             byte = (word << (24 - 8 * index)).to(tl.int32, bitcast=True) >> 24
             total += byte * (((COORDINATES >> (8 * index) & 0xFF) ^ 0x80) - 0x80)

@@ -8,7 +8,7 @@ an index, WINDOW_BITS 0, DIMENSION weights for each index; the table holds float
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from qpc.kernels.computed_code import bits_from, bits_in_arc, decode_window
+from qpc.kernels.computed_code import bits_in_arc, decode_window
 
 
 @triton.constexpr_function
@@ -34,7 +34,10 @@ def load_arc(codes, block, arc, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, D
     first = arc * halves // 2
     words = ()
     for i in tl.static_range(halves // 2 + (WINDOW_BITS > 0) + 2 * (halves % 2)):
-        words += (tl.load(codes + block * size + (first + i) % size).to(tl.uint32, bitcast=True),)
+        word = first + i
+        if i >= halves // 2:
+            word = tl.where(word < size, word, word - size)
+        words += (tl.load(codes + block * size + word).to(tl.uint32, bitcast=True),)
     if halves % 2:
         shift = (arc % 2 * 16).to(tl.uint64)
         aligned = ()
@@ -58,32 +61,6 @@ def decode_in_arc(words, table, PAIR: tl.constexpr, BITS: tl.constexpr, WINDOW_B
         index = bits_in_arc(words, PAIR // entry_words * BITS, BITS) & ((1 << BITS) - 1)
         even, odd = _halves(tl.load(table + index * entry_words + PAIR % entry_words))
     return even.to(tl.float32), odd.to(tl.float32)
-
-
-@triton.jit
-def decode_anywhere(codes, table, block, pair, BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr):
-    """The same for any pairs of any blocks: tensors of the shape of `block` and `pair`."""
-    if WINDOW_BITS > 0:
-        even, odd = decode_window(_field(codes, block, pair, BITS, WINDOW_BITS, DIMENSION), BITS, WINDOW_BITS)
-    elif DIMENSION == 1:
-        even = tl.load(table + _field(codes, block, 2 * pair, BITS, BITS, DIMENSION))
-        odd = tl.load(table + _field(codes, block, 2 * pair + 1, BITS, BITS, DIMENSION))
-    else:
-        entry_words: tl.constexpr = DIMENSION // 2
-        index = _field(codes, block, pair // entry_words, BITS, BITS, DIMENSION)
-        even, odd = _halves(tl.load(table + index * entry_words + pair % entry_words))
-    return even.to(tl.float32), odd.to(tl.float32)
-
-
-@triton.jit
-def _field(codes, block, index, BITS: tl.constexpr, WIDTH: tl.constexpr, DIMENSION: tl.constexpr):
-    """The WIDTH bits that start at bit `index * BITS` of the ring of each block."""
-    size: tl.constexpr = block_words(BITS, DIMENSION)
-    bit = index * BITS
-    word = bit // 32
-    low = tl.load(codes + block * size + word).to(tl.uint32, bitcast=True)
-    high = tl.load(codes + block * size + (word + 1) % size).to(tl.uint32, bitcast=True)
-    return bits_from(low, high, bit % 32) & ((1 << WIDTH) - 1)
 
 
 @triton.jit

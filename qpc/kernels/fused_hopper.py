@@ -185,7 +185,7 @@ def _codes_at(codes, group, turn, turns, warp_row, warpgroup, rows, TURN: gl.con
 
 @gluon.jit
 def _copy_chunk(operand, turn, left, number, shared, starts, HEAD: gl.constexpr, CHUNK: gl.constexpr, TURN_BYTES: gl.constexpr):
-    """Copy the `number`-th chunk of a program: CHUNK turns of the operand from `turn` on, or what is left; if `starts`. Returns how many."""
+    """Copy the `number`-th chunk of a program: CHUNK turns of the operand from `turn` on, or what is left, if `starts`. Returns that."""
     count = gl.minimum(left, CHUNK)
     buffer = (number % 2).to(gl.uint32)
     to = shared + HEAD + buffer * (CHUNK * TURN_BYTES)

@@ -2,75 +2,27 @@
 
 A lane owns an *arc* of a block: what two neighbouring lanes of the layout hold, 8 rows by 4 pairs of columns. All shifts within an arc are
 constant, and no weight moves between lanes. One launch takes 1, 2 or 4 rows of the activation; `cut_batch` cuts others into these.
-Where `qpc.kernels.fused` can multiply on integer tensor cores, it does so instead. Beyond `MAX_BATCH` the weight is decoded to memory once
-and multiplied by PyTorch.
+Where `qpc.kernels.fused` can multiply on integer tensor cores, it does so instead, and beyond `MAX_BATCH` `qpc.kernels.large_batch`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment"
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.nn import functional
 
-from qpc.errors import KernelError
-from qpc.kernels import fused, transform
-from qpc.kernels.decode import decode_anywhere, decode_in_arc, load_arc, place_in_arc
+from qpc.kernels import fused, large_batch, transform
+from qpc.kernels.code import NO_CODE, code_of, table_of
+from qpc.kernels.decode import decode_in_arc, load_arc, place_in_arc
+from qpc.kernels.dequantize import dequantize as dequantize
 from qpc.kernels.epilogue import finish, sum_splits
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, check_parts, choose_launch, cut_batch
-from qpc.quant.layout import BLOCK_COLUMNS
 from qpc.quant.quantizer import UniformQuantizer
-from qpc.quant.scalar import ScalarQuantizer, levels
-from qpc.quant.trellis import TrellisQuantizer
-from qpc.quant.vector import VectorQuantizer, codebook
 
 COLUMNS_PER_WARP = 2
 """Block columns that the lanes of a warp hold together in a multiplication."""
-
-DECODED_COLUMNS = 4
-"""Block columns that one program of the decoding kernel writes."""
-
-
-@dataclass(frozen=True)
-class Code:
-    """A code as the kernels take it: the constants of `decode`, and the size of its unit for weights of unit variance."""
-
-    bits: int
-    window_bits: int
-    dimension: int
-    unit: float
-
-
-NO_CODE = Code(bits=0, window_bits=0, dimension=0, unit=1.0)
-"""Stands for a part that a weight does not have."""
-
-
-def code_of(quantizer: UniformQuantizer) -> Code:
-    """The constants of a quantizer's code."""
-    match quantizer:
-        case TrellisQuantizer(step_bits, window_bits):
-            return Code(step_bits, window_bits, 2, quantizer.unit)
-        case VectorQuantizer(dimension, bits):
-            return Code(bits, 0, dimension, 1.0)
-        case ScalarQuantizer(bits):
-            return Code(bits, 0, 1, 1.0)
-    raise KernelError(f"no GPU kernel decodes {quantizer}")
-
-
-@cache
-def table_of(quantizer: UniformQuantizer, device: torch.device) -> Tensor | None:
-    """The table of a quantizer's code, None for a trellis: float16 [2^bits], of vectors int32 [2^bits, dimension / 2]."""
-    with torch.inference_mode(False):
-        match quantizer:
-            case VectorQuantizer(dimension, bits):
-                return codebook(dimension, bits).half().view(torch.int32).to(device)
-            case ScalarQuantizer(bits):
-                return levels(bits).half().to(device)
-    return None
 
 
 @triton.jit
@@ -153,26 +105,6 @@ def _vector_kernel(
             tl.store(out + at + rows, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _dequantize_kernel(
-    codes, table, scales, out, columns, first_feature, features, out_features, out_stride,
-    BITS: tl.constexpr, WINDOW_BITS: tl.constexpr, DIMENSION: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    block_row, start = tl.program_id(0), tl.program_id(1) * COLUMNS
-    row = tl.arange(0, 64)[:, None]
-    local = tl.arange(0, 8 * COLUMNS)[None, :]
-    block = block_row.to(tl.int64) * columns + tl.minimum(start + local // 8, columns - 1)
-    pair = (row % 8 * 4 + local % 4) * 16 + row // 16 * 4 + local // 4 % 2 * 2 + row // 8 % 2
-    even, odd = decode_anywhere(codes, table, block, pair, BITS, WINDOW_BITS, DIMENSION)
-    weights = tl.reshape(tl.join(even, odd), (64, 16 * COLUMNS)) * UNIT
-    rows = block_row * 64 + row
-    inner = tl.arange(0, 16 * COLUMNS)[None, :]
-    feature = first_feature + start * 16 + inner
-    mask = (rows < out_features) & (feature < features) & (start + inner // 16 < columns)
-    scale = tl.load(scales + rows).to(tl.float32)
-    tl.store(out + rows.to(tl.int64) * out_stride + feature, (weights * scale).to(out.dtype.element_ty), mask=mask)
-
-
 def linear(
     x: Tensor, codes: list[Tensor], scales: Tensor, bias: Tensor | None, quantizers: Sequence[UniformQuantizer], out_features: int
 ) -> Tensor:
@@ -183,35 +115,10 @@ def linear(
     if fused.supports(quantizers, len(rows), x.dtype, x.device).implementation is not None:
         out = fused.multiply(*transform.pack(rows), codes, scales, bias, quantizers, out_features, x.dtype)
     elif len(rows) > MAX_BATCH:
-        weight = dequantize(codes, scales, quantizers, out_features, x.shape[-1], x.dtype)
-        out = functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        out = large_batch.multiply(rows, codes, scales, bias, quantizers, out_features)
     else:
         out = _small_batch(rows, [code.contiguous() for code in codes], scales.contiguous(), bias, quantizers, out_features)
     return out.reshape(*x.shape[:-1], out_features)
-
-
-def dequantize(
-    codes: list[Tensor],
-    scales: Tensor,
-    quantizers: Sequence[UniformQuantizer],
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The decoded weight in the rotated basis: a new [out_features, in_features] of `dtype`."""
-    out = torch.empty((out_features, in_features), dtype=dtype, device=scales.device)
-    start = 0
-    for part, quantizer in zip(codes, quantizers, strict=True):
-        rows, columns, _ = part.shape
-        code = code_of(quantizer)
-        if columns:
-            _dequantize_kernel[(rows, triton.cdiv(columns, DECODED_COLUMNS))](
-                part.contiguous(), table_of(quantizer, scales.device), scales.contiguous(), out,
-                columns, start * BLOCK_COLUMNS, in_features, out_features, in_features,
-                BITS=code.bits, WINDOW_BITS=code.window_bits, DIMENSION=code.dimension, UNIT=code.unit, COLUMNS=DECODED_COLUMNS,
-            )  # fmt: skip
-        start += columns
-    return out
 
 
 def _small_batch(

@@ -24,11 +24,16 @@ class Usage:
     shared: int
 
 
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, warps: int = 4) -> Any:
-    """The compiled kernel; arguments in neither `types` nor `constants` are int32. Pointers are taken to be aligned to 16 bytes."""
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, warps: int = 4, sixteens: tuple[str, ...] = ()
+) -> Any:
+    """The compiled kernel; arguments in neither `types` nor `constants` are int32. Pointers are taken to be aligned to 16 bytes.
+
+    sixteens: integers that are taken to be divisible by 16.
+    """
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*") or name in sixteens}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
 

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from itertools import chain
 
 import torch
 
+from tests.kernels import large_batch_cases
 from tests.kernels.cases import SMALL, cases
 
 
@@ -13,7 +15,7 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     count = failed = 0
-    for name, check in cases(SMALL):
+    for name, check in chain(cases(SMALL), large_batch_cases.cases(quick=True)):
         count += 1
         try:
             check("cpu")

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 from qpc.kernels import epilogue, gpu, hadamard, viterbi
-from qpc.kernels.gpu import NO_CODE, Code
+from qpc.kernels.code import NO_CODE, Code
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], int]
@@ -44,16 +44,6 @@ def vector(first: Code, second: Code, batch: int, warps: int) -> Case:
     return f"vector {first} {second} batch {batch}", gpu._vector_kernel, types, constants, warps
 
 
-def dequantize(code: Code) -> Case:
-    present, absent = tables((code,))
-    types = {"codes": "*i32", "scales": "*bf16", "out": "*bf16", **{name[:-2]: kind for name, kind in present.items()}}
-    constants = {
-        "BITS": code.bits, "WINDOW_BITS": code.window_bits, "DIMENSION": code.dimension, "UNIT": code.unit, "COLUMNS": gpu.DECODED_COLUMNS,
-        **{name[:-2]: None for name in absent},
-    }  # fmt: skip
-    return f"dequantize {code}", gpu._dequantize_kernel, types, constants, 4
-
-
 def rotation(base: int, power: int, members: int, warps: int) -> Case:
     types = {"x": "*bf16", "signs": "*u8", "matrix": "*i8", "out": "*bf16", "norm": "fp32"}
     constants = {"BASE": base, "POWER": power, "STAGES": power.bit_length() - 1, "MEMBERS": members}
@@ -82,7 +72,6 @@ KERNELS: list[Case] = [
     vector(table(3, 1), table(8, 1), 4, 16),
     vector(table(7, 2), NO_CODE, 2, 16),
     vector(table(11, 4), table(12, 4), 4, 16),
-    *(dequantize(code) for code in (trellis(6), trellis(11, 24), table(3, 1), table(7, 4))),
     ("sum of splits", epilogue._sum_splits_kernel, SPLITS, {"SPLITS": 8, "HAS_BIAS": True, "BLOCK": 256}, 4),
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
     *(walk(*each) for each in ((9, 8, 1), (13, 4, 1), (13, 8, 2))),
@@ -99,12 +88,3 @@ def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: 
     assert used.registers * warps * 32 <= 65536, used
     assert used.shared <= 96 * 1024, used
     assert len(instructions(compiled)) > 10
-
-
-@pytest.mark.parametrize(("step_bits", "words"), [(4, 1), (9, 2)])
-def test_bytes_of_a_window_are_added_by_dot_products(step_bits: int, words: int) -> None:
-    _, kernel, types, constants, warps = dequantize(trellis(step_bits))
-    ptx = compile_kernel(kernel, types, constants, 90, warps).asm["ptx"]
-    products = ptx.count("dp4a.s32.s32")
-    assert products > 0 and products % (2 * words) == 0 and "f64" not in ptx
-    assert ptx.count("or.b32") >= products // (2 * words)

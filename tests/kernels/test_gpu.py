@@ -1,7 +1,7 @@
 """The Triton kernels against their oracles on a GPU, and the operators as models call them."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -21,11 +21,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("part", range(PARTS))
 def test_kernels_match_oracles(part: int) -> None:
     """All comparisons, in parts that several workers can share."""
+    from tests.kernels import large_batch_cases
     from tests.kernels.cases import FULL, cases
 
     torch.manual_seed(0)
     failures = []
-    for name, check in islice(cases(FULL), part, None, PARTS):
+    for name, check in islice(chain(cases(FULL), large_batch_cases.cases(quick=False)), part, None, PARTS):
         try:
             check("cuda")
         except AssertionError as error:
