@@ -80,7 +80,7 @@ def multiplications(weights: list[RandomWeight], tokens: int, shape: Shape, devi
     bf16 = time_baseline(BF16, shape, tokens, device, MOST_CALLS)[0]
     expected = weights[0].product(x)
     decoded = weights[0].decoded(torch.bfloat16)
-    for strategy in strategies(shape[0], quick):
+    for strategy in strategies(shape, quick):
         calls: list[Callable[[], Tensor]] = [partial(_multiplied, weight, x, strategy) for weight in weights[:MOST_CALLS]]
         timing = time_calls(calls, check(calls[0], expected, ROUNDING), min_calls=MOST_CALLS)
         alone = partial(_products, decoded, x, strategy)
@@ -94,10 +94,10 @@ def multiplications(weights: list[RandomWeight], tokens: int, shape: Shape, devi
         }  # fmt: skip
 
 
-def strategies(out_features: int, quick: bool) -> list[Strategy]:
-    """What differs for a weight of so many rows."""
-    sizes = [rows for rows in (PART_ROWS[2:3] if quick else PART_ROWS) if rows < out_features]
-    found = [large_batch.DEFAULT, Strategy(), *(Strategy(*each) for each in product(sizes, (False, True)))]
+def strategies(shape: Shape, quick: bool) -> list[Strategy]:
+    """What differs for a weight of such a shape."""
+    sizes = [rows for rows in (PART_ROWS[2:3] if quick else PART_ROWS) if rows < shape[0]]
+    found = [large_batch.choose(*shape), Strategy(), *(Strategy(*each) for each in product(sizes, (False, True)))]
     return list(dict.fromkeys(found))
 
 

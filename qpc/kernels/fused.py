@@ -51,8 +51,9 @@ STAGES = 2
 """Slots of the ring of codes of a warp. More were not faster."""
 
 REGISTERS, MORE_REGISTERS = 128, 168
-"""Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more than 8 rows of the
-batch have more sums. (With 64 it takes a third longer.)"""
+"""Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more for more
+than 8 rows of the batch, which have more sums, and for single warpgroups, which finish more rows a thread. (With 64 it takes a third
+longer.)"""
 
 HALF = ((2, 4), (2, 2), (2, 1), (1, 2), (1, 1))
 WHOLE = ((4, 4), (4, 2), *HALF)
@@ -126,8 +127,7 @@ def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], opera
     else:
         cuts, programs = WHOLE, multiprocessors
     warpgroups, depth = next(cut for cut in cuts if all(width % (cut[0] * cut[1]) == 0 for width in widths))
-    registers = REGISTERS if operand_rows <= 8 else MORE_REGISTERS
-    return cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even, registers=registers)
+    return cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even)
 
 
 def cut_for(
@@ -140,7 +140,7 @@ def cut_for(
     programs: int,
     even: bool = False,
     stages: int = STAGES,
-    registers: int = REGISTERS,
+    registers: int | None = None,
 ) -> Plan:
     """The plan of so many warpgroups, and programs at most.
 
@@ -157,6 +157,7 @@ def cut_for(
         longest = min(-(-units // share), MAX_COLUMNS // (16 * depth))
         fewest = -(-units // longest)
         counts.append(fewest if even else max(fewest, min(share, units)))
+    registers = registers or (MORE_REGISTERS if operand_rows > 8 or warpgroups == 1 else REGISTERS)
     turn_bytes = 128 * operand_rows * turn
     chunk_bytes = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
     return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)

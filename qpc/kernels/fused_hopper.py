@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier  # type: i
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
 from qpc.kernels.fused import EXCHANGE_STRIDE, GROUP_ROWS, OPERAND_BARRIER_BYTES, TAIL_BYTES, exchange_bytes, head_bytes
+from qpc.kernels.fused_block import add_block, aligned, do, load_arc
 from qpc.kernels.fused_ptx import (
     ARRIVE,
     BARRIER,
@@ -40,18 +41,14 @@ from qpc.kernels.fused_ptx import (
     STORE,
     WAIT,
     WAIT_IF,
-    multiply,
-    multiply_constraints,
     poll,
     poll_constraints,
     polled,
     types,
 )
-from qpc.quant.codebook import MULTIPLIERS, START, hash_words
 
 _TAIL, _ROWS, _STRIDE = gl.constexpr(TAIL_BYTES), gl.constexpr(GROUP_ROWS), gl.constexpr(EXCHANGE_STRIDE)
 _OPERAND_BARRIERS = gl.constexpr(OPERAND_BARRIER_BYTES)
-_START, _MULTIPLIERS = gl.constexpr(START), gl.constexpr(MULTIPLIERS)
 _SHARED, _BARRIER = gl.constexpr(SHARED), gl.constexpr(BARRIER)
 _INITIALIZE, _PUBLISH_BARRIERS = gl.constexpr(INITIALIZE), gl.constexpr(PUBLISH_BARRIERS)
 _ARRIVE, _WAIT, _WAIT_IF = gl.constexpr(ARRIVE), gl.constexpr(WAIT), gl.constexpr(WAIT_IF)
@@ -59,101 +56,9 @@ _COPY, _REFILL, _STORE, _LOAD = gl.constexpr(COPY), gl.constexpr(REFILL), gl.con
 _PUBLISH, _OF_LANE_0, _PREFETCH = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0), gl.constexpr(PREFETCH)
 
 _head_bytes, _exchange_bytes = gluon.constexpr_function(head_bytes), gluon.constexpr_function(exchange_bytes)
-_multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
-_types, _hash_words = gluon.constexpr_function(types), gluon.constexpr_function(hash_words)
+_types = gluon.constexpr_function(types)
 _poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
 _polled = gluon.constexpr_function(polled)
-
-
-@gluon.jit
-def _do(TEXT: gl.constexpr, CONSTRAINTS: gl.constexpr, arguments):
-    """Run instructions for their effect; `$0` is a result that nobody reads."""
-    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, arguments, dtype=gl.uint32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_words(at, COUNT: gl.constexpr):
-    """COUNT neighbouring words (1, 2 or 4) of shared memory from byte address `at`, a tuple of uint32."""
-    if COUNT == 4:
-        words = gl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,r", [at], _types(4, True), is_pure=False, pack=1
-        )
-    elif COUNT == 2:
-        words = gl.inline_asm_elementwise("ld.shared.v2.b32 {$0,$1}, [$2];", "=r,=r,r", [at], _types(2, True), is_pure=False, pack=1)
-    else:
-        words = (gl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [at], gl.uint32, is_pure=False, pack=1),)
-    return words
-
-
-@gluon.jit
-def _load_arc(own, far, STEP_BITS: gl.constexpr):
-    """The words that hold a lane's 16 windows, from the byte addresses of its first word and of the word after its last."""
-    COUNT: gl.constexpr = (STEP_BITS + 1) // 2
-    WIDTH: gl.constexpr = 4 if STEP_BITS % 8 == 0 else 2 if STEP_BITS % 4 == 0 else 1
-    words = ()
-    for start in gl.static_range(0, COUNT, WIDTH):
-        words += _load_words(own + 4 * start, WIDTH)
-    return words + _load_words(far, 1)
-
-
-@gluon.jit
-def _funnel(low, high, offset):
-    """The 32 bits from bit `offset` (uint32, below 32) of `low` on into `high`."""
-    return gl.inline_asm_elementwise("shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, offset], gl.uint32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _aligned(words, shift, STEP_BITS: gl.constexpr):
-    """The words so that the first window begins at bit 0: with an odd step every other lane begins in the middle of a word."""
-    made = words
-    if STEP_BITS % 2:
-        made = ()
-        for index in gl.static_range((STEP_BITS + 1) // 2):
-            made += (_funnel(words[index], words[index + 1], shift),)
-        made += (words[(STEP_BITS + 1) // 2] >> shift,)
-    return made
-
-
-@gluon.jit
-def _hash(words, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, STEP: gl.constexpr):
-    """The words of the window of one of the 16 steps, a tuple of uint32."""
-    FIRST: gl.constexpr = STEP * STEP_BITS // 32
-    OFFSET: gl.constexpr = STEP * STEP_BITS % 32
-    word = words[FIRST]
-    if OFFSET + WINDOW_BITS > 32:
-        word = _funnel(word, words[FIRST + 1], gl.full_like(word, OFFSET))
-    elif OFFSET > 0:
-        word = word >> OFFSET
-    word = gl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,n,n", [word, (1 << WINDOW_BITS) - 1, _START], gl.uint32, is_pure=True, pack=1
-    )
-    hashed = ()
-    for index in gl.static_range(_hash_words(STEP_BITS, WINDOW_BITS)):
-        hashed += (word * _MULTIPLIERS[index],)
-    return hashed
-
-
-@gluon.jit
-def _add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr):
-    """The sums, four for each 16 rows and TILE of the batch, plus the products of one block with the operand at a byte address."""
-    WORDS: gl.constexpr = _hash_words(STEP_BITS, WINDOW_BITS)
-    TEXT: gl.constexpr = _multiply(TILES, WORDS)
-    CONSTRAINTS: gl.constexpr = _multiply_constraints(TILES, WORDS)
-    activation = ()
-    for tile in gl.static_range(TILES):
-        activation += _load_words(operand + 512 * tile, 2 * WORDS)
-    made = ()
-    for quarter in gl.static_range(4):
-        each = ()
-        for step in gl.static_range(4 * quarter, 4 * quarter + 4):
-            each += (_hash(words, STEP_BITS, WINDOW_BITS, step),)
-        registers = ()
-        for index in gl.static_range(4 * TILES):
-            registers += (sums[4 * TILES * quarter + index],)
-        for index in gl.static_range(WORDS):
-            registers += (each[0][index], each[1][index], each[2][index], each[3][index])
-        made += gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers + activation, _types(4 * TILES), is_pure=True, pack=1)
-    return made
 
 
 @gluon.jit
@@ -190,7 +95,7 @@ def _copy_chunk(operand, turn, left, number, shared, starts, HEAD: gl.constexpr,
     buffer = (number % 2).to(gl.uint32)
     to = shared + HEAD + buffer * (CHUNK * TURN_BYTES)
     starts = (starts & (count > 0)).to(gl.int32)
-    _do(_COPY, "=r,r,r,l,r,r", [shared + 8 * buffer, to, operand + turn * (TURN_BYTES // 4), starts, count * TURN_BYTES])
+    do(_COPY, "=r,r,r,l,r,r", [shared + 8 * buffer, to, operand + turn * (TURN_BYTES // 4), starts, count * TURN_BYTES])
     return count
 
 
@@ -203,20 +108,47 @@ def _whole(sums, AT: gl.constexpr):
 @gluon.jit
 def _exchange(sums, TILE: gl.constexpr, batch, to, lane, warpgroup, warp_row, TILES: gl.constexpr, ITEMS: gl.constexpr):
     """Leave the sums for four rows of the batch in shared memory: [warpgroup][row of the batch][row of the group]."""
-    _do(_BARRIER, "=r,r", [lane])
+    do(_BARRIER, "=r,r", [lane])
     to += (((warpgroup * ITEMS + lane % 4) * _STRIDE + warp_row * 64 + lane // 4) * 4).to(gl.uint32)
     there = (TILE * 4 + lane % 4 < batch).to(gl.int32)
     for quarter in gl.static_range(4):
         for half in gl.static_range(2):
             value = _whole(sums, 4 * (quarter * TILES + TILE) + 2 * half)
-            _do(_STORE, "=r,r,f,r", [to + 4 * (16 * quarter + 8 * half), value, there])
-    _do(_BARRIER, "=r,r", [lane])
+            do(_STORE, "=r,r,f,r", [to + 4 * (16 * quarter + 8 * half), value, there])
+    do(_BARRIER, "=r,r", [lane])
+
+
+@gluon.jit
+def _add_and_store(
+    total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ELEMENTS: gl.constexpr,
+):  # fmt: skip
+    """Add the sums of the programs before and free their places; apply the scales of activation and rows, add the bias, round once."""
+    factor = gl.load(operand_scales + item, mask=mask, other=0.0) * gl.load(scales + row, mask=mask, other=0.0).to(gl.float32)
+    added = gl.zeros_like(factor)
+    if HAS_BIAS:
+        added = gl.load(bias + row, mask=mask, other=0.0).to(gl.float32)
+    others = gl.zeros_like(factor)
+    AT_ONCE: gl.constexpr = _polled(ELEMENTS)
+    CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)
+    for other in range(0, place_in_group, AT_ONCE):
+        count = gl.zeros_like(item) + (place_in_group - other)
+        from_place, stride = place - (place_in_group - other) * STRIDE, gl.full_like(item, 4 * STRIDE).to(gl.int64)
+        found = gl.inline_asm_elementwise(
+            _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
+            pack=ELEMENTS,
+        )  # fmt: skip
+        for each in gl.static_range(AT_ONCE):
+            others += found[each].to(gl.float32, bitcast=True)
+    value = (others + total) * factor + added
+    gl.store(out + item.to(gl.int64) * out_features + row, value.to(out.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def _finish(
     TILE: gl.constexpr, group, first_place, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
-    EXCHANGE: gl.constexpr, UNIT: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    IS_LAST: gl.constexpr, EXCHANGE: gl.constexpr, UNIT: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """Add up what the warpgroups left for four rows of the batch. Then leave that for another program, or add what others left and store.
 
@@ -229,45 +161,35 @@ def _finish(
     item, row = TILE * 4 + index // _ROWS, group * _ROWS + index % _ROWS
     mask = (item < batch) & (row < out_features)
     at = gl.inline_asm_elementwise(_SHARED, "=r,r", [index], gl.uint32, is_pure=False, pack=1)
-    at += EXCHANGE + ((index // _ROWS * _STRIDE + index % _ROWS) * 4).to(gl.uint32)
+    at += EXCHANGE + ((gl.minimum(index // _ROWS, ITEMS - 1) * _STRIDE + index % _ROWS) * 4).to(gl.uint32)
     total = gl.zeros_like(index).to(gl.float32)
     for warpgroup in gl.static_range(WARPGROUPS):
         total += gl.inline_asm_elementwise(_LOAD, "=f,r", [at + warpgroup * (4 * ITEMS * _STRIDE)], gl.float32, is_pure=False, pack=1)
     total = total * UNIT
     place = workspace + (first_place + place_in_group) * STRIDE + item * _ROWS + index % _ROWS
-    if finishes:
-        factor = gl.load(operand_scales + item, mask=mask, other=0.0) * gl.load(scales + row, mask=mask, other=0.0).to(gl.float32)
-        added = gl.zeros_like(factor)
-        if HAS_BIAS:
-            added = gl.load(bias + row, mask=mask, other=0.0).to(gl.float32)
-        others = gl.zeros_like(factor)
-        AT_ONCE: gl.constexpr = _polled(ELEMENTS)
-        CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)
-        for other in range(0, place_in_group, AT_ONCE):
-            count = gl.zeros_like(index) + (place_in_group - other)
-            from_place, stride = place - (place_in_group - other) * STRIDE, gl.full_like(index, 4 * STRIDE).to(gl.int64)
-            found = gl.inline_asm_elementwise(
-                _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
-                pack=ELEMENTS,
+    if IS_LAST:  # otherwise no branch: Triton 3.6 cannot translate one that is never taken
+        if finishes:
+            _add_and_store(
+                total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE, HAS_BIAS, ELEMENTS
             )  # fmt: skip
-            for each in gl.static_range(AT_ONCE):
-                others += found[each].to(gl.float32, bitcast=True)
-        value = (others + total) * factor + added
-        gl.store(out + item.to(gl.int64) * out_features + row, value.to(out.dtype.element_ty), mask=mask)
+        else:
+            do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
     else:
-        _do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
+        do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
 
 
 @gluon.jit
 def _multiply_part(
-    program, programs, codes, operand, turns, before, operand_scales, scales, bias, out, workspace, most, batch, rows, out_features,
-    shared, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, UNIT: gl.constexpr, IS_LAST: gl.constexpr, DEPTH: gl.constexpr,
+    program, programs, codes, operand, turns, turns_before, programs_before, operand_scales, scales, bias, out, workspace, most, batch,
+    rows, out_features,
+    shared, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, UNIT: gl.constexpr, IS_SECOND: gl.constexpr, IS_LAST: gl.constexpr,
+    DEPTH: gl.constexpr,
     STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """What one of `programs` does of one part of the weight. operand: from the first column of the part on.
 
-    before: turns and programs of the part before, (0, 0) for the first. most: places of a group in the workspace. rows: block rows.
+    turns_before, programs_before: of the first part, for the second. most: places of a group in the workspace. rows: block rows.
     Sum 4 * (quarter * TILES + tile) + 2 * half + limb of a lane belongs to row 16 * quarter + 8 * half + lane // 4 of its warp's block row
     and to row 4 * tile + lane % 4 of the batch.
     """
@@ -296,8 +218,8 @@ def _multiply_part(
     barriers = shared + _OPERAND_BARRIERS + (warp * (8 * STAGES)).to(gl.uint32)
     ring = shared + RINGS + (warp * (STAGES * STAGE)).to(gl.uint32)
     for stage in gl.static_range(STAGES):
-        _do(_INITIALIZE, "=r,r,r", [barriers + 8 * stage, elected.to(gl.int32)])
-    _do(_PUBLISH_BARRIERS, "=r,r", [lane])
+        do(_INITIALIZE, "=r,r,r", [barriers + 8 * stage, elected.to(gl.int32)])
+    do(_PUBLISH_BARRIERS, "=r,r", [lane])
 
     group = (end - 1) // turns
     ahead = group
@@ -309,14 +231,14 @@ def _multiply_part(
             ahead -= 1
             start, ahead_left = _segment(ahead, first, end, turns)
             source = _codes_at(codes, ahead, start, turns, warp_row, warpgroup, rows, TURN, DEPTH, STEP_BITS)
-        _do(
+        do(
             _COPY,
             "=r,r,r,l,r,r",
             [barriers + 8 * stage, ring + stage * STAGE, source, (elected & (ahead_left > 0)).to(gl.int32), stage_bytes],
         )
         source += TURN * 16 * STEP_BITS
         ahead_left = gl.maximum(ahead_left - 1, 0)
-    _do(_BARRIER, "=r,r", [lane])
+    do(_BARRIER, "=r,r", [lane])
     if PDL:
         gdc_wait()
 
@@ -337,29 +259,29 @@ def _multiply_part(
 
     while (group + 1) * turns > first:
         turn, left = _segment(group, first, end, turns)
-        finishes = (turn + left == turns) & IS_LAST
-        _do(_PREFETCH, "=r,l,r", [scales + (group * _ROWS + thread * 64), ((thread < 4) & (group * 4 + thread < rows)).to(gl.int32)])
+        finishes = turn + left == turns
+        do(_PREFETCH, "=r,l,r", [scales + (group * _ROWS + thread * 64), ((thread < 4) & (group * 4 + thread < rows)).to(gl.int32)])
         sums = ()
         for _zero in gl.static_range(16 * TILES):
             sums += (zero,)
         while left > 0:
             here = gl.minimum(left, CHUNK)
             buffer = (chunk % 2).to(gl.uint32)
-            _do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
+            do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
             at = shared + HEAD + buffer * (CHUNK * TURN_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
             for _turn in range(here):
                 if (ahead_left == 0) & (ahead * turns > first):
                     ahead -= 1
                     start, ahead_left = _segment(ahead, first, end, turns)
                     source = _codes_at(codes, ahead, start, turns, warp_row, warpgroup, rows, TURN, DEPTH, STEP_BITS)
-                _do(_WAIT, "=r,r,r", [barrier, phase])
+                do(_WAIT, "=r,r,r", [barrier, phase])
                 for index in gl.static_range(DEPTH):
-                    arc = _load_arc(slot + own + index * BLOCK_BYTES, slot + far + index * BLOCK_BYTES, STEP_BITS)
+                    arc = load_arc(slot + own + index * BLOCK_BYTES, slot + far + index * BLOCK_BYTES, STEP_BITS)
                     if index == DEPTH - 1:
                         more = (elected & (ahead_left > 0)).to(gl.int32)
-                        _do(_REFILL, "=r,r,r,l,r,r", [barrier, slot, source, more, stage_bytes])
-                    words = _aligned(arc, shift, STEP_BITS)
-                    sums = _add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
+                        do(_REFILL, "=r,r,r,l,r,r", [barrier, slot, source, more, stage_bytes])
+                    words = aligned(arc, shift, STEP_BITS)
+                    sums = add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
                 source += TURN * 16 * STEP_BITS
                 ahead_left = gl.maximum(ahead_left - 1, 0)
                 slot += STAGE
@@ -368,12 +290,12 @@ def _multiply_part(
                 slot, barrier, phase = gl.where(wraps, ring, slot), gl.where(wraps, barriers, barrier), gl.where(wraps, phase ^ 1, phase)
                 at += TURN_BYTES
             empty = shared + 16 + 8 * buffer
-            _do(_ARRIVE, "=r,r,r", [empty, elected.to(gl.int32)])
+            do(_ARRIVE, "=r,r,r", [empty, elected.to(gl.int32)])
             if (copied_left == 0) & (copied * turns > first):
                 copied -= 1
                 copied_turn, copied_left = _segment(copied, first, end, turns)
             if copied_left > 0:
-                _do(_WAIT_IF, "=r,r,r,r", [empty, chunk // 2 % 2, (warp == 0).to(gl.int32)])
+                do(_WAIT_IF, "=r,r,r,r", [empty, chunk // 2 % 2, (warp == 0).to(gl.int32)])
                 count = _copy_chunk(operand, copied_turn, copied_left, chunk, shared, thread == 0, HEAD, CHUNK, TURN_BYTES)
                 copied_turn += count
                 copied_left -= count
@@ -381,13 +303,13 @@ def _multiply_part(
             chunk += 1
 
         place_in_group = program - _first_of(group * turns, units, programs)
-        if before[1] > 0:
-            place_in_group += _contributors(group, before[0], groups, before[1])
+        if IS_SECOND:
+            place_in_group += _contributors(group, turns_before, groups, programs_before)
         for tile in gl.static_range(TILES):
             _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES, ITEMS)
             _finish(
                 tile, group, group * most, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
-                EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
+                IS_LAST, EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
             )  # fmt: skip
         group -= 1
 
@@ -419,19 +341,21 @@ def fused_kernel(
     program, programs = gl.program_id(0), gl.num_programs(0)
     if STEP_BITS_1 == 0:
         _multiply_part(
-            program, programs, codes_0, operand, turns_0, (0, 0), operand_scales, scales, bias, out, workspace, most, batch, rows,
-            out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
+            program, programs, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
+            out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
+            HAS_BIAS, WARPGROUPS,
             PDL,
         )  # fmt: skip
     elif program < programs_0:
         _multiply_part(
-            program, programs_0, codes_0, operand, turns_0, (0, 0), operand_scales, scales, bias, out, workspace, most, batch, rows,
-            out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
+            program, programs_0, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
+            out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, False, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
+            HAS_BIAS, WARPGROUPS,
             PDL,
         )  # fmt: skip
     else:
         _multiply_part(
             program - programs_0, programs - programs_0, codes_1, operand + turns_0 * (DEPTH * WARPGROUPS * 32 * OPERAND_ROWS), turns_1,
-            (turns_0, programs_0), operand_scales, scales, bias, out, workspace, most, batch, rows, out_features, shared, STEP_BITS_1,
-            WINDOW_BITS_1, UNIT_1, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, PDL,
+            turns_0, programs_0, operand_scales, scales, bias, out, workspace, most, batch, rows, out_features, shared, STEP_BITS_1,
+            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, PDL,
         )  # fmt: skip

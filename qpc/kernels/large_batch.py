@@ -36,8 +36,17 @@ class Strategy:
         return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-DEFAULT = Strategy()
-"""What is done unless another is asked for."""
+TALL_ROWS, WIDE_COLUMNS = 16384, 8192
+"""From where on parts pay: rows of the weight for halves, columns for parts of 2048 rows."""
+
+
+def choose(out_features: int, in_features: int) -> Strategy:
+    """The strategy that was fastest for such a shape on an H100 (`benchmarks.studies.prefill_study`)."""
+    if out_features >= TALL_ROWS:
+        return Strategy(-(-out_features // (2 * BLOCK_ROWS)) * BLOCK_ROWS, overlapped=True)
+    if in_features >= WIDE_COLUMNS and out_features > 2048:
+        return Strategy(2048, overlapped=True)
+    return Strategy()
 
 
 def multiply(
@@ -47,9 +56,13 @@ def multiply(
     bias: Tensor | None,
     quantizers: Sequence[UniformQuantizer],
     out_features: int,
-    strategy: Strategy = DEFAULT,
+    strategy: Strategy | None = None,
 ) -> Tensor:
-    """`x @ w.T + bias` with a packed weight. x: [batch, in_features]; returns [batch, out_features] in its dtype."""
+    """`x @ w.T + bias` with a packed weight. x: [batch, in_features]; returns [batch, out_features] in its dtype.
+
+    strategy: by default what `choose` says.
+    """
+    strategy = strategy or choose(out_features, x.shape[1])
     parts = strategy.parts(out_features)
     overlapped = strategy.overlapped and len(parts) > 1 and x.is_cuda
     out = x.new_empty((x.shape[0], out_features))

@@ -20,8 +20,9 @@ from qpc.kernels.operand import PEAK, PROJECTIONS, empty_operand
 from qpc.kernels.transform import CREST, Norm, outer_matrix
 from qpc.quant.hadamard import factors
 
-POWERS = (512, 1024)
-"""Largest inner factors, the best first: of a small one the block is spread over more programs."""
+POWERS, NORM_POWERS = (512, 1024), (1024, 512)
+"""Largest inner factors, the best first: of a small one the block is spread over more programs, each of which reads all of it. Behind a
+norm that counts for more, since the weights of the norm are read as well."""
 
 VECTORS = (8, 4, 2)
 """Values of a thread in each row, the best first."""
@@ -219,7 +220,7 @@ def cut(features: int, block: int, norm: bool) -> Cut | None:
     _, power = factors(block)
     if block != features:
         return None
-    for inner in dict.fromkeys(min(power, each) for each in POWERS):
+    for inner in dict.fromkeys(min(power, each) for each in (NORM_POWERS if norm else POWERS)):
         outer = features // inner
         for vector in VECTORS:
             warps = inner // (32 * vector)

@@ -42,7 +42,7 @@ def compiled(
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = GluonASTSource(fused_kernel, signature, constants, attributes)
-    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.REGISTERS if operand_rows <= 8 else fused.MORE_REGISTERS}
+    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.MORE_REGISTERS if operand_rows > 8 or warpgroups == 1 else fused.REGISTERS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
