@@ -44,8 +44,12 @@ MAX_COLUMNS = 32752
 WARP_ROWS = 4
 """Block rows of a group of rows, one for each warp of a warpgroup."""
 
-CHUNK_BYTES = 8192
-"""Of the operand at a time, unless one turn is larger."""
+CHUNK_BYTES, CHUNK_BYTES_A_ROW = 8192, 4096
+"""Of the operand at a time, whichever is more, unless one turn is larger: some turns, since all warps must have read one before another can
+take its place."""
+
+MOST_CONTRIBUTORS = 8
+"""Programs that share a group of rows, where few would do for the work: the last of them waits for all."""
 
 STAGES = 2
 """Slots of the ring of codes of a warp. More were not faster."""
@@ -61,8 +65,8 @@ SHORT_TURNS = ((4, 2), (4, 1), (2, 2), *HALF[2:])
 MANY_SUMS = HALF[1:]
 """Warpgroups and depth, best first: programs that take half of a multiprocessor, or the whole; short turns where the operand is long."""
 
-SMALL_BLOCKS = 256
-"""Blocks for each multiprocessor up to which a kernel takes half of it, so that the next one's codes are there when it may begin."""
+SMALLEST_BLOCKS, SMALL_BLOCKS = 128, 256
+"""Blocks for each multiprocessor up to which few large programs are best, which put few sums together; and blocks for each multiprocessor up to which a kernel takes half of it, so that the next one's codes are there when it may begin."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:
@@ -120,6 +124,8 @@ def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], opera
         cuts, programs = MANY_SUMS, multiprocessors
     elif operand_rows > 4:
         cuts, programs = SHORT_TURNS, multiprocessors
+    elif block_rows * sum(widths) <= SMALLEST_BLOCKS * multiprocessors:
+        cuts, programs = SHORT_TURNS, min(multiprocessors, MOST_CONTRIBUTORS * groups)
     elif block_rows * sum(widths) <= SMALL_BLOCKS * multiprocessors:
         cuts, programs, even = HALF, multiprocessors, False
     elif 2 * groups >= multiprocessors:
@@ -159,7 +165,7 @@ def cut_for(
         counts.append(fewest if even else max(fewest, min(share, units)))
     registers = registers or (MORE_REGISTERS if operand_rows > 8 or warpgroups == 1 else REGISTERS)
     turn_bytes = 128 * operand_rows * turn
-    chunk_bytes = max(1, min(max(turns), CHUNK_BYTES // turn_bytes)) * turn_bytes
+    chunk_bytes = max(1, min(max(turns), max(CHUNK_BYTES, CHUNK_BYTES_A_ROW * operand_rows) // turn_bytes)) * turn_bytes
     return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)
 
 

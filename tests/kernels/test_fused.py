@@ -85,7 +85,7 @@ def test_decodes_in_a_shift_a_mask_and_a_multiplication_for_each_word(step_bits:
     "options",
     [
         {"operand_rows": 4, "warpgroups": 4},
-        {"operand_rows": 8, "warpgroups": 4, "depth": 2},
+        {"operand_rows": 8, "warpgroups": 4, "depth": 2, "chunk_bytes": 32768},
         {"operand_rows": 16, "depth": 2},
         {"warpgroups": 1, "depth": 1, "bias": True},
     ],
