@@ -32,6 +32,7 @@ from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.passes.shares import Shares
+from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
@@ -54,6 +55,7 @@ def compile(
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
+    tune: object = "auto",
     sensitivities: Sensitivities | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
@@ -72,6 +74,8 @@ def compile(
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
+    tune: steps in which scales, norms and biases are tuned after rounding, on the inputs of the calibration; "auto" (if the model is on a
+        GPU, as many as usual), "off", or a `Tuning`.
     gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
         `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
         time that is predicted, where the budget limits none.
@@ -90,6 +94,7 @@ def compile(
         calibration=calibration,
         tokenizer=tokenizer,
         sensitivity=sensitivity,
+        tune=tune,
         gpu=gpu,
         batch=batch,
     )
@@ -133,8 +138,10 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
     prepared = prepare(program, options, sensitivities, progress)
     rest: tuple[Pass, ...] = (
         options.allocate(options.budget, prepared.sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known),
+        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known, tuning=options.tune),
     )
+    if options.tune is not None and prepared.samples is not None:
+        rest += (Tune(options.tune, prepared.samples, options.seed, progress),)
     Pipeline(rest).run(program)
     return program
 
@@ -213,18 +220,20 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def install(model: nn.Module, program: Program) -> nn.Module:
-    """A copy of the module tree with quantized linears and tables; every other tensor is shared with `model`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    result = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy of the module tree with quantized linears, tables and tuned parameters; every other tensor is shared with `model`."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for name, value in program.tuned.items():
+        live = program.tensor(name)
+        kept[id(live)] = nn.Parameter(value, live.requires_grad)
+    result = copy.deepcopy(model, kept)
     for name, packed in program.packed.items():
-        bias = getattr(model.get_submodule(name), "bias", None)
-        result.set_submodule(name, QuantizedLinear.from_packed(packed, bias))
+        result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
     for table in program.tables.values():
         readers: list[PackedModule] = []
         for lookup in table.lookups:
             readers.append(QuantizedEmbedding.from_packed(table.packed, program.tensor(table.weight).dtype, lookup.scale))
         for name in table.heads:
-            readers.append(QuantizedLinear.from_packed(table.packed, getattr(model.get_submodule(name), "bias", None)))
+            readers.append(QuantizedLinear.from_packed(table.packed, getattr(result.get_submodule(name), "bias", None)))
         for name, module in zip(table.names, readers, strict=True):
             result.set_submodule(name, module)
         tie(readers)
