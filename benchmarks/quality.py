@@ -2,7 +2,8 @@
 
 Compiles one model at several rates, and measures perplexity and mean KL(original || compiled) in windows that do not overlap. `--single`
 gives every linear the quantizer of one rate instead of an allocation; `--calibrations` compares sources of the moments for error feedback,
-`--sensitivities` ways to estimate what each linear matters. `--own-tokens` measures on text of the kind that the predictions are for, too.
+`--sensitivities` ways to estimate what each linear matters, `--tune` ways to tune it. `--own-tokens` measures on text of the kind that the
+predictions are for, too.
 `--double-newlines` prepares WikiText as its users do. README's figures and picture come from the files that it writes.
 """
 
@@ -41,6 +42,7 @@ from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
+from qpc.passes.tune import Tune, Tuning
 from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
@@ -68,6 +70,7 @@ def main(arguments: list[str]) -> None:
         row |= {"effort": options.effort, "calibration": Path(job.calibration).name, "positions": job.positions, "shares": job.shares}
         row |= {
             "sensitivity": job.sensitivity and Path(job.sensitivity).name,
+            "tune": job.tune,
             "seed": job.seed,
             "budget": job.bits,
             "bits": report.bits_per_weight,
@@ -101,6 +104,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
     )
+    parser.add_argument("--tune", nargs="+", default=["auto"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
     parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
     parser.add_argument("--at-once", type=int, default=1, help="models of a single rate that are quantized at the same time")
@@ -115,7 +119,7 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     what = f"{row['method']} {row['budget']:>5} bits ({row['bits']:.3f}) {row['calibration']:>12} {row['positions']:>7} seed {row['seed']}"
     if row["sensitivity"] is not None:
-        what += f" {row['sensitivity']:>8}, shares {row['shares']}"
+        what += f" {row['sensitivity']:>8}, shares {row['shares']}, tune {row['tune']}"
     own = "" if row["kl_own_text"] is None else f" on its own text {row['kl_own_text']:.4f}"
     predicted = ""
     if row["kl_predicted"] is not None:
@@ -136,7 +140,7 @@ OWN_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Job:
-    """What is compiled. positions, shares: as the options of these names; sensitivity: None for a single rate."""
+    """What is compiled. positions, shares, tune: as the options of these names; sensitivity: None for a single rate."""
 
     seed: int
     calibration: str
@@ -144,6 +148,16 @@ class Job:
     sensitivity: str | None
     shares: str
     bits: str
+    tune: str
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What `tune` means: what `Tuning.parse` reads, or the fields of a `Tuning`."""
+        if "=" not in self.tune:
+            return Tuning.parse(self.tune)
+        given = dict(part.split("=") for part in self.tune.split(","))
+        fields: dict[str, Any] = {name: type(getattr(Tuning, name))(value) for name, value in given.items()}
+        return Tuning(anywhere=True, **fields)
 
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -154,8 +168,8 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         for sensitivity, shares in product([None] if options.single else options.sensitivities, options.shares):
             if shares != options.shares[0] and (options.single or calibration == "none"):
                 continue
-            for bits in options.bits:
-                yield Job(seed, calibration, positions, sensitivity, shares, bits)
+            for bits, tune in product(options.bits, ["off"] if options.single else options.tune):
+                yield Job(seed, calibration, positions, sensitivity, shares, bits, tune)
 
 
 def _compiled(
@@ -180,6 +194,7 @@ def _compiled(
                     calibration=data(job),
                     weigh_positions=job.positions == "weighed",
                     sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
+                    tune=job.tuning,
                 )
                 prepared = Prepared.of(original, source) if prepared is None else prepared.but(source)
                 start_s = time.monotonic()
@@ -238,11 +253,15 @@ class Prepared:
         if not shares:
             for node in program.linears():
                 annotate(node, annotation(node).but(share=None))
-        quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork())
+        quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork(), tuning=self.options.tune)
         Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
         assert isinstance(program.allocation, Allocation)
         predicted = program.allocation.cost.distortion
-        Pipeline((quantize, Lower())).run(program)
+        tune = () if self.options.tune is None or self.samples is None else (Tune(self.options.tune, self.samples, self.options.seed),)
+        Pipeline((quantize, *tune, Lower())).run(program)
+        for remark in program.remarks:
+            if "held-out" in remark.reason:
+                print(remark, flush=True)
         result = install(self.model, program)
         result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
         return result, predicted
@@ -301,4 +320,4 @@ def _fresh(program: Program) -> Program:
     """A program of its own at the same stage."""
     graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     books = {"excluded": dict(program.excluded), "remarks": list(program.remarks), "history": list(program.history)}
-    return replace(program, graph_module=graph_module, packed={}, decisions={}, **books)
+    return replace(program, graph_module=graph_module, packed={}, tuned={}, decisions={}, **books)

@@ -33,7 +33,7 @@ class Course:
     """How long and how fast.
 
     steps: of gradient descent. learning_rate: the largest relative change in a step, of scales and vectors; matrix_rate: of matrices.
-    passes: backward passes of one step, each of about 1024 positions. checks: how often the held-out loss is taken.
+    passes: backward passes of one step, each of about 1024 positions, if there are so many. checks: how often the held-out loss is taken.
     """
 
     steps: int
@@ -64,10 +64,12 @@ class Descent:
     samples: Samples
     seed: int = 0
     progress: Progress = silent
+    _parts: list[Tensor] = field(init=False)
     _order: Iterator[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_order", _shuffled([part for batch in self.samples.batches for part in parts(batch)], self.seed))
+        object.__setattr__(self, "_parts", [part for batch in self.samples.batches for part in parts(batch)])
+        object.__setattr__(self, "_order", _shuffled(self._parts, self.seed))
 
     def run(self, course: Course, task: str = "tune") -> Outcome:
         """Descend; the student is left in the best state on the way."""
@@ -78,9 +80,10 @@ class Descent:
         groups = [{"params": changes, "lr": rate} for changes, rate in zip(student.changes(), rates, strict=True) if changes]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course.share_at)
+        passes = min(course.passes, len(self._parts))
         every = max(1, course.steps // course.checks)
         for step in track(range(1, course.steps + 1), task, course.steps, self.progress):
-            self._add_gradients([next(self._order) for _ in range(course.passes)])
+            self._add_gradients([next(self._order) for _ in range(passes)])
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

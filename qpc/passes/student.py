@@ -123,19 +123,22 @@ class Student:
 
     def outputs(self, inputs: Sequence[Tensor]) -> list[Any]:
         """The flattened outputs on these inputs."""
-        bound: dict[str, Tensor] = dict(zip(self.program.inputs, inputs, strict=True))
-        for placeholder, name in self.program.tensors.items():
-            if name in self.vectors:
-                bound[placeholder] = self.vectors[name].moved()
+        given = dict(zip(self.program.inputs, inputs, strict=True))
+        bound = []
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            name = self.program.tensors.get(node.name)
+            if name is None:
+                bound.append(given[node.name])
+            elif name in self.vectors:
+                bound.append(self.vectors[name].moved())
             else:
-                bound[placeholder] = self._fixed[name] if name in self.program.tables else self.program.tensor(name).detach()
-        for number, name in enumerate(self._sites):
+                bound.append(self._fixed[name] if name in self.program.tables else self.program.tensor(name).detach())
+        for name in self._sites:
             free = self.matrices.get(name)
             matrix = self._fixed[name] if free is None else free.moved()
-            factors = torch.ones(len(matrix), device=matrix.device) if free is not None else self.scales[name].factors()
-            bound |= {MATRIX.format(number): matrix, FACTORS.format(number): factors.to(matrix.dtype)}
-        names = [node.name for node in self._module.graph.find_nodes(op="placeholder")]
-        return tree_leaves(self._module(*(bound[name] for name in names)))
+            factors = matrix.new_ones(len(matrix)) if free is not None else self.scales[name].factors().to(matrix.dtype)
+            bound += [matrix, factors]
+        return tree_leaves(self._module(*bound))
 
     def changes(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The leaves that move, zero at the beginning: of scales, of vectors and of matrices."""
@@ -167,10 +170,6 @@ class Student:
         return tuple(written)
 
 
-MATRIX, FACTORS = "student_matrix_{}", "student_factors_{}"
-"""The placeholders that a student adds."""
-
-
 def vectors(program: Program) -> Mapping[str, Tensor]:
     """The parameters of one axis that the graph reads, but for those of excluded modules."""
     found = {}
@@ -185,13 +184,13 @@ def vectors(program: Program) -> Mapping[str, Tensor]:
 
 
 def scale_outputs(graph: fx.Graph, weights: Iterable[str]) -> None:
-    """Let the linears of these weights read a new placeholder each, and multiply what they make by another one."""
+    """Let the linears of these weights read a new placeholder each, and multiply what they make by another one: pairs behind all others."""
     matrices: dict[str, fx.Node] = {}
     factors: dict[str, fx.Node] = {}
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         for number, name in enumerate(weights):
-            matrices[name] = graph.placeholder(MATRIX.format(number))
-            factors[name] = graph.placeholder(FACTORS.format(number))
+            matrices[name] = graph.placeholder(f"student_matrix_{number}")
+            factors[name] = graph.placeholder(f"student_factors_{number}")
     for node in [node for node in graph.nodes if annotation(node).site is not None and site_of(node).weight in matrices]:
         name, bias = site_of(node).weight, node.args[2] if len(node.args) > 2 else None
         with graph.inserting_before(node):
