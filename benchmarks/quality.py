@@ -26,10 +26,11 @@ from torch import fx, nn
 
 import qpc
 from benchmarks.rows import machine, write_rows
+from qpc import compiler
 from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
-from qpc.compiler import install, make_report, prepare
+from qpc.compiler import install, make_report, prepare, rounding
 from qpc.evaluate import evaluate
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import annotate, annotation
@@ -42,7 +43,7 @@ from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
-from qpc.passes.tune import Tune, Tuning
+from qpc.passes.tune import Tuning
 from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
@@ -253,12 +254,11 @@ class Prepared:
         if not shares:
             for node in program.linears():
                 annotate(node, annotation(node).but(share=None))
-        quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork(), tuning=self.options.tune)
         Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
         assert isinstance(program.allocation, Allocation)
         predicted = program.allocation.cost.distortion
-        tune = () if self.options.tune is None or self.samples is None else (Tune(self.options.tune, self.samples, self.options.seed),)
-        Pipeline((quantize, *tune, Lower())).run(program)
+        found = compiler.Prepared(self.sensitivities, self.samples, self.known.fork())
+        Pipeline((*rounding(program, self.options, found), Lower())).run(program)
         for remark in program.remarks:
             if "held-out" in remark.reason:
                 print(remark, flush=True)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import PS_PER_S, Budget
-from qpc.calibration import Samples, collect
+from qpc.calibration import Samples, SelfSampled, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError
 from qpc.ir.annotation import Annotation, annotation
@@ -39,6 +39,9 @@ from qpc.report import Report, ReportRow
 from qpc.sensitivity import Method, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
+
+LESSON_SEED = 2_000_003
+"""Added to the seed of a compile where the model samples more text, to learn from."""
 
 
 def compile(
@@ -136,13 +139,7 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
     """From CAPTURED to QUANTIZED."""
     group(program, options)
     prepared = prepare(program, options, sensitivities, progress)
-    rest: tuple[Pass, ...] = (
-        options.allocate(options.budget, prepared.sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known, tuning=options.tune),
-    )
-    if options.tune is not None and prepared.samples is not None:
-        rest += (Tune(options.tune, prepared.samples, options.seed, progress),)
-    Pipeline(rest).run(program)
+    Pipeline((options.allocate(options.budget, prepared.sensitivities), *rounding(program, options, prepared, progress))).run(program)
     return program
 
 
@@ -196,6 +193,23 @@ def prepare(
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
     return Prepared(sensitivities, samples, known)
+
+
+def rounding(program: Program, options: Options, prepared: Prepared, progress: Progress = silent) -> tuple[Pass, ...]:
+    """The passes from ALLOCATED to QUANTIZED, and beyond to what is tuned."""
+    tuning, samples = options.tune, prepared.samples
+    if tuning is None or samples is None:
+        return (Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known),)
+    lessons = samples
+    if tuning.tokens and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
+        more, remarks = collect(replace(options.calibration, tokens=tuning.tokens), program, options.seed + LESSON_SEED, progress)
+        program.remarks += remarks
+        assert more is not None, "what could be sampled once can be sampled again"
+        lessons = replace(samples, batches=(*samples.batches, *more.batches, *more.held_out), importance=None)
+    return (
+        Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known, tuning=tuning, lessons=lessons),
+        Tune(tuning, lessons, options.seed, progress),
+    )
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:

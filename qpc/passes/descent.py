@@ -21,6 +21,9 @@ from qpc.progress import Progress, silent, track
 from qpc.sensitivity import parts
 from qpc.sensitivity.output_loss import reference_of
 
+POSITIONS_AT_ONCE = 2048
+"""Positions of one pass, at least one sequence; their activations are in memory at once."""
+
 WARM_UP = 5
 """Steps in which the learning rate rises."""
 
@@ -33,13 +36,14 @@ class Course:
     """How long and how fast.
 
     steps: of gradient descent. learning_rate: the largest relative change in a step, of scales and vectors; matrix_rate: of matrices.
-    passes: backward passes of one step, each of about 1024 positions, if there are so many. checks: how often the held-out loss is taken.
+    passes: backward passes of one step, each of about `POSITIONS_AT_ONCE`, if there are so many. checks: how often the held-out loss is
+    taken.
     """
 
     steps: int
     learning_rate: float
     matrix_rate: float
-    passes: int = 4
+    passes: int = 2
     checks: int = 5
 
     def share_at(self, step: int) -> float:
@@ -68,7 +72,7 @@ class Descent:
     _order: Iterator[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_parts", [part for batch in self.samples.batches for part in parts(batch)])
+        object.__setattr__(self, "_parts", [part for batch in self.samples.batches for part in parts(batch, POSITIONS_AT_ONCE)])
         object.__setattr__(self, "_order", _shuffled(self._parts, self.seed))
 
     def run(self, course: Course, task: str = "tune") -> Outcome:
@@ -109,7 +113,7 @@ class Descent:
     def held_out_loss(self) -> float:
         """Mean loss over the held-out samples; infinite if it is not finite."""
         program, total, count = self.student.program, 0.0, 0
-        for batch in [part for given in self.samples.held_out for part in parts(given)]:
+        for batch in [part for given in self.samples.held_out for part in parts(given, POSITIONS_AT_ONCE)]:
             inputs = (batch.to(program.device),)
             total += batch.numel() * reference_of(program, program.run(inputs)).loss(self.student.outputs(inputs))
             count += batch.numel()

@@ -41,7 +41,8 @@ class Quantize(Pass):
     sequential: take each moment behind the layers that are already quantized, instead of all from the original model. Then only the
         linears of one input can be rounded together; else those of many layers are, which keeps a GPU busy.
     known: feedback that was made before, of the original model.
-    tuning: in how many rounds, and how weights that are left are tuned between two; None: in one.
+    tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
+        same.
     """
 
     name: ClassVar[str] = "quantize"
@@ -54,6 +55,7 @@ class Quantize(Pass):
     sequential: bool = False
     known: Known = field(default_factory=Known)
     tuning: Tuning | None = None
+    lessons: Samples | None = None
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
@@ -72,9 +74,10 @@ class Quantize(Pass):
 
     def _lessons(self, program: Program, weights: int) -> Lessons | None:
         """What goes on between rounds, if there are several."""
-        if self.tuning is None or self.samples is None or self.tuning.rounds == 1 or self.tuning.declines(program, self.samples):
+        samples = self.samples if self.lessons is None else self.lessons
+        if self.tuning is None or samples is None or self.tuning.rounds == 1 or self.tuning.declines(program, samples):
             return None
-        return Lessons(Descent(Student(program), self.samples, self.seed, self.progress), self.tuning, weights)
+        return Lessons(Descent(Student(program), samples, self.seed, self.progress), self.tuning, weights)
 
     def _far_from_gaussian(self, program: Program, nodes: list[fx.Node]) -> Iterator[Remark]:
         """What the rotation did not help enough, each weight once."""

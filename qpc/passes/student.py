@@ -12,6 +12,7 @@ were not there.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,51 +30,55 @@ from qpc.sensitivity.sites import stored_matrix
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of a packed weight and their relative change, float32 [out_features]."""
+    """A packed weight, its scales and their relative change, both float32 [out_features]."""
 
     packed: PackedWeight
+    old: Tensor
     change: Tensor
 
     @staticmethod
     def of(packed: PackedWeight) -> "Scales":
         """Unchanged."""
-        return Scales(packed, torch.zeros(packed.out_features, device=packed.scales.device, requires_grad=True))
+        old = packed.scales[: packed.out_features].float()
+        return Scales(packed, old, torch.zeros_like(old, requires_grad=True))
 
-    def factors(self) -> Tensor:
-        """New over old scales, float32 [out_features]; 1 for rows of zeros."""
-        old = self.packed.scales[: self.packed.out_features].float()
-        factors = torch.where(old == 0, 1, self._new() / torch.where(old == 0, 1, old))
-        return factors + (self.change - self.change.detach())
+    @staticmethod
+    def factors(several: Sequence["Scales"]) -> tuple[Tensor, ...]:
+        """New over old scales of each, float32 [out_features]; 1 for rows of zeros. All at once, for they are many and small."""
+        if not several:
+            return ()
+        old, change = torch.cat([each.old for each in several]), torch.cat([each.change for each in several])
+        new = (old * (1 + change.detach())).to(several[0].packed.scales.dtype).float()
+        factors = torch.where(old == 0, 1, new / torch.where(old == 0, 1, old)) + (change - change.detach())
+        return torch.split(factors, [len(each.old) for each in several])
 
     def moved(self) -> PackedWeight:
         """The weight with new scales."""
         scales = self.packed.scales.clone()
-        scales[: self.packed.out_features] = self._new().to(scales.dtype)
+        scales[: self.packed.out_features] = (self.old * (1 + self.change.detach())).to(scales.dtype)
         return replace(self.packed, scales=scales)
-
-    def _new(self) -> Tensor:
-        """As they are stored, but float32."""
-        old = self.packed.scales[: self.packed.out_features].float()
-        return (old * (1 + self.change.detach())).to(self.packed.scales.dtype).float()
 
 
 @dataclass(frozen=True)
 class Free:
-    """A parameter, and its change over its root mean square: float32 of its shape."""
+    """A parameter, its root mean square, and its change over that: float32 of its shape."""
 
     value: Tensor
+    size: Tensor
     change: Tensor
 
     @staticmethod
     def of(value: Tensor) -> "Free":
         """Unchanged."""
-        return Free(value.detach(), torch.zeros(value.shape, device=value.device, requires_grad=True))
+        size = torch.linalg.vector_norm(value.detach(), dtype=torch.float32) / math.sqrt(value.numel())
+        return Free(value.detach(), size, torch.zeros(value.shape, device=value.device, requires_grad=True))
 
     def moved(self) -> Tensor:
         """The new value, in the dtype of the old."""
-        step = self.value.float().square().mean().sqrt() * self.change
-        rounded = (self.value.float() + step.detach()).to(self.value.dtype)
-        return rounded + (step - step.detach()).to(self.value.dtype)
+        new = torch.addcmul(self.value.float(), self.size, self.change)
+        if self.value.dtype == torch.float32:
+            return new
+        return new.detach().to(self.value.dtype) + (new - new.detach()).to(self.value.dtype)
 
 
 State = tuple[Tensor, ...]
@@ -133,11 +138,10 @@ class Student:
                 bound.append(self.vectors[name].moved())
             else:
                 bound.append(self._fixed[name] if name in self.program.tables else self.program.tensor(name).detach())
+        factors = dict(zip(self.scales, Scales.factors(list(self.scales.values())), strict=True))
         for name in self._sites:
-            free = self.matrices.get(name)
-            matrix = self._fixed[name] if free is None else free.moved()
-            factors = matrix.new_ones(len(matrix)) if free is not None else self.scales[name].factors().to(matrix.dtype)
-            bound += [matrix, factors]
+            matrix = self.matrices[name].moved() if name in self.matrices else self._fixed[name]
+            bound += [matrix, factors[name].to(matrix.dtype) if name in factors else matrix.new_ones(len(matrix))]
         return tree_leaves(self._module(*bound))
 
     def changes(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -26,6 +26,7 @@ class Tuning:
     steps: of gradient descent once all weights are rounded. learning_rate: of scales and vectors, relative to them.
     rounds: in how many parts, from the first layers to the last, the weights are rounded; after each but the last, those that are left are
     tuned in `round_steps` steps, at `matrix_rate` relative to their root mean square.
+    tokens: that the model samples for it, besides those of the calibration, if it sampled those.
     anywhere: on a CPU too, where it takes long.
     """
 
@@ -34,12 +35,15 @@ class Tuning:
     rounds: int = 1
     round_steps: int = 30
     matrix_rate: float = 5e-4
+    tokens: int = 0
     anywhere: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds", "round_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")
+        if self.tokens < 0:
+            raise SettingsError(f"tuning: tokens={self.tokens} must not be negative")
         for name in ("learning_rate", "matrix_rate"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")

@@ -147,7 +147,7 @@ def _take_energy(energy: dict[str, Tensor], weight: str, square: Tensor, leaf: T
     leaf.grad = None
 
 
-def parts(batch: Tensor) -> Iterator[Tensor]:
-    """The sequences of a batch, those together that go through one backward pass."""
+def parts(batch: Tensor, positions: int = POSITIONS_AT_ONCE) -> Iterator[Tensor]:
+    """The sequences of a batch, those together that go through one backward pass: of so many positions, at least one sequence."""
     each = max(1, math.prod(batch.shape[1:-1] if batch.is_floating_point() else batch.shape[1:]))
-    yield from torch.split(batch, max(1, POSITIONS_AT_ONCE // each))
+    yield from torch.split(batch, max(1, positions // each))
