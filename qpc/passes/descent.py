@@ -99,15 +99,17 @@ class Descent:
         return Outcome(before, best, reached)
 
     def _add_gradients(self, batches: Sequence[Tensor]) -> None:
-        """Of the mean loss. Attention is computed by its formula, for the fused kernels may add up gradients in any order."""
-        program, total = self.student.program, sum(batch.numel() for batch in batches)
+        """Of the loss, summed over positions: its scale is nothing to Adam, and in float16 the gradient of a mean would be zero.
+
+        Attention is computed by its formula, for the fused kernels may add up gradients in any order.
+        """
+        program = self.student.program
         for batch in batches:
             inputs = (batch.to(program.device),)
             with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
                 reference = reference_of(program, program.run(inputs))
                 with torch.enable_grad():
-                    loss = reference.distance(self.student.outputs(inputs)) * (batch.numel() / total)
-                    torch.autograd.backward(loss)
+                    torch.autograd.backward(reference.distance(self.student.outputs(inputs)) * reference.positions)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

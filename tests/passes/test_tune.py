@@ -91,18 +91,26 @@ def with_packed_table() -> Program:
     return allocated(program)
 
 
-@pytest.mark.parametrize("build", [*(partial(rounded, name) for name in NAMES), lambda: quantized(with_packed_table())])
+def in_bfloat16() -> Program:
+    """Rounded, of a model whose vectors have few digits."""
+    program = capture(FAMILIES["gpt2"]().bfloat16())
+    group(program, Options(Budget.of(3)))
+    return quantized(allocated(program))
+
+
+@pytest.mark.parametrize("build", [*(partial(rounded, name) for name in NAMES), lambda: quantized(with_packed_table()), in_bfloat16])
 def test_a_student_computes_what_it_writes(build: Callable[[], Program]) -> None:
     program, tokens = build(), samples().held_out[0]
     student = Student(program)
     with torch.no_grad():
-        assert torch.allclose(student.outputs((tokens,))[0], outputs_of(program, tokens), atol=1e-5)
+        untouched = student.outputs((tokens,))[0]
         shaken(student, 0.1)
         moved = student.outputs((tokens,))[0]
     before = outputs_of(program, tokens)
     written = student.write()
     after = outputs_of(program, tokens)
-    assert (moved - after).norm() <= 1e-4 * (after - before).norm()
+    tolerance = (1e-4 if before.dtype == torch.float32 else 0.1) * (after - before).norm()
+    assert (untouched - before).norm() <= tolerance and (moved - after).norm() <= tolerance
     assert set(written) == {*program.packed, *student.vectors} and set(student.vectors) == set(program.tuned)
 
 
