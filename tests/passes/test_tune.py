@@ -29,7 +29,7 @@ from qpc.passes.tune import Tune, Tuning
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.sensitivity import Loss
 from qpc.sensitivity.output_loss import reference_of
-from tests.compiled import logits
+from tests.compiled import DEVICES, logits
 from tests.families import FAMILIES, VOCABULARY, copied, grouped
 
 NAMES = ("llama", "llama_tied", "gemma2", "olmo2", "gpt2")
@@ -162,21 +162,22 @@ def test_weights_that_are_left_make_up_for_those_that_are_rounded() -> None:
     assert not torch.equal(apart.packed[last].codes[0], together.packed[last].codes[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_what_is_tuned_is_saved_and_goes_through_both_doors(rounds: int, tmp_path: Path) -> None:
+def test_what_is_tuned_is_saved_and_goes_through_both_doors(rounds: int, device: str, tmp_path: Path) -> None:
     tuning = replace(TUNING, rounds=rounds)
     given = {
         "calibration": torch.randint(VOCABULARY, (160, 16), generator=torch.Generator().manual_seed(0)),
         "effort": "fast",
         "tune": tuning,
     }
-    model = FAMILIES["llama"]()
+    model = FAMILIES["llama"]().to(device)
     before = {name: value.clone() for name, value in model.named_parameters()}
     compiled = qpc.compile(model, 2, **given)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert not torch.equal(compiled.model.norm.weight, model.model.norm.weight)
     qpc.save(compiled, tmp_path / "out")
-    assert torch.equal(logits(qpc.load(tmp_path / "out")), logits(compiled))
+    assert torch.equal(logits(qpc.load(tmp_path / "out", device=device)), logits(compiled))
     torch.compiler.reset()
     other = torch.compile(model, backend="qpalette", options={"budget": 2, "inner": "eager", **given})
     assert (logits(other) - logits(compiled)).norm() <= 1e-5 * logits(compiled).norm()
