@@ -31,6 +31,7 @@ from qpc.sensitivity import Loss
 from qpc.sensitivity.output_loss import reference_of
 from tests.compiled import DEVICES, logits
 from tests.families import FAMILIES, VOCABULARY, copied, grouped
+from tests.passes.test_quantize import Branches
 
 NAMES = ("llama", "llama_tied", "gemma2", "olmo2", "gpt2")
 TUNING = Tuning(steps=12, learning_rate=3e-3, anywhere=True)
@@ -219,3 +220,19 @@ def test_anything_else_is_refused(value: object) -> None:
 def test_fields_are_checked(change: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(change))):
         replace(TUNING, **change)
+
+
+def test_a_weight_that_is_applied_twice_stays_one() -> None:
+    torch.manual_seed(0)
+    program = capture(Branches(), example_inputs=(torch.randn(4, 64),))
+    group(program, Options(Budget.of(3)))
+    given = Samples(torch.randn(512, 64).split(64), (torch.randn(128, 64),), "random")
+    tuning = replace(TUNING, rounds=2, round_steps=8)
+    Quantize(samples=given, tuning=tuning).run(allocated(program))
+    Tune(tuning, given).run(program)
+    assert program.packed["b"] is program.packed["c"]
+    x = given.held_out[0]
+    with torch.no_grad():
+        expected = Student(program).outputs((x,))[0]
+    Lower().run(program)
+    assert torch.allclose(program.run((x,))[0], expected, atol=1e-5)
