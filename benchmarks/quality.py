@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from itertools import groupby, product
@@ -198,9 +198,8 @@ def _compiled(
                     tune=job.tuning,
                 )
                 prepared = Prepared.of(original, source) if prepared is None else prepared.but(source)
-                start_s = time.monotonic()
-                made, predicted = prepared.compiled(job.shares == "expected")
-                yield job, made, round(time.monotonic() - start_s, 1), predicted
+                made, elapsed_s, predicted = prepared.compiled(job.shares == "expected")
+                yield job, made, round(elapsed_s, 1), predicted
         return
     torch.linalg.cholesky(torch.eye(2, device=next(original.parameters()).device))  # its first call may not be made by two threads
     for start in range(0, len(jobs), options.at_once):
@@ -215,7 +214,10 @@ def _compiled(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A compile that stands before the allocation, from where it goes on with several budgets: samples, sensitivities, feedback."""
+    """A compile that stands before the allocation, from where it goes on with several budgets: samples, sensitivities, feedback.
+
+    rounded: the last program that was rounded at once, and the seconds it took.
+    """
 
     model: nn.Module
     program: Program
@@ -223,6 +225,7 @@ class Prepared:
     sensitivities: Sensitivities
     samples: Samples | None
     known: Known
+    rounded: dict[tuple[object, ...], tuple[Program, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(model: nn.Module, options: Options) -> "Prepared":
@@ -248,23 +251,37 @@ class Prepared:
         print(f"estimated in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
         return replace(self, options=options, sensitivities=sensitivities)
 
-    def compiled(self, shares: bool) -> tuple[nn.Module, float]:
-        """The compiled copy, and the KL predicted before rounding. shares: let the allocation know what feedback will leave."""
-        program = _fresh(self.program)
-        if not shares:
-            for node in program.linears():
-                annotate(node, annotation(node).but(share=None))
-        Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
+    def compiled(self, shares: bool) -> tuple[nn.Module, float, float]:
+        """The compiled copy, the seconds it took, and the KL predicted before rounding. shares: let the allocation know of feedback.
+
+        What is tuned only after rounding is rounded once for all ways of tuning it.
+        """
+        start_s = time.monotonic()
+        quantize, *rest = rounding(self.program, self.options, compiler.Prepared(self.sensitivities, self.samples, self.known.fork()))
+        key = (self.options.budget, self.options.sensitivity, shares)
+        alone = self.options.tune is None or self.options.tune.rounds == 1
+        before_s = 0.0
+        if alone and key in self.rounded:
+            program, before_s = self.rounded[key]
+            program = _fresh(program)
+        else:
+            program = _fresh(self.program)
+            if not shares:
+                for node in program.linears():
+                    annotate(node, annotation(node).but(share=None))
+            Pipeline((self.options.allocate(self.options.budget, self.sensitivities), quantize)).run(program)
+            if alone:
+                self.rounded.clear()
+                self.rounded[key] = _fresh(program), time.monotonic() - start_s
         assert isinstance(program.allocation, Allocation)
-        predicted = program.allocation.cost.distortion
-        found = compiler.Prepared(self.sensitivities, self.samples, self.known.fork())
-        Pipeline((*rounding(program, self.options, found), Lower())).run(program)
+        Pipeline((*rest, Lower())).run(program)
+        elapsed_s = before_s + time.monotonic() - start_s
         for remark in program.remarks:
             if "held-out" in remark.reason:
                 print(remark, flush=True)
         result = install(self.model, program)
         result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
-        return result, predicted
+        return result, elapsed_s, program.allocation.cost.distortion
 
 
 @dataclass(frozen=True)
@@ -320,4 +337,5 @@ def _fresh(program: Program) -> Program:
     """A program of its own at the same stage."""
     graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     books = {"excluded": dict(program.excluded), "remarks": list(program.remarks), "history": list(program.history)}
-    return replace(program, graph_module=graph_module, packed={}, tuned={}, decisions={}, **books)
+    books |= {"packed": dict(program.packed), "tuned": dict(program.tuned), "decisions": dict(program.decisions)}
+    return replace(program, graph_module=graph_module, **books)
