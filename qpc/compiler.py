@@ -67,7 +67,7 @@ def compile(
     """Compress the linears of `model` to a budget, with the least predicted loss.
 
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
-        is not quantized is shared between it and the result.
+        is neither quantized nor tuned is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
         KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
         `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
@@ -201,8 +201,9 @@ def rounding(program: Program, options: Options, prepared: Prepared, progress: P
     if tuning is None or samples is None:
         return (Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known),)
     lessons = samples
-    if tuning.tokens and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
-        more, remarks = collect(replace(options.calibration, tokens=tuning.tokens), program, options.seed + LESSON_SEED, progress)
+    if tuning.more_text and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
+        tokens = tuning.more_text * sum(batch.numel() for batch in (*samples.batches, *samples.held_out))
+        more, remarks = collect(replace(options.calibration, tokens=tokens), program, options.seed + LESSON_SEED, progress)
         program.remarks += remarks
         assert more is not None, "what could be sampled once can be sampled again"
         lessons = replace(samples, batches=(*samples.batches, *more.batches, *more.held_out), importance=None)

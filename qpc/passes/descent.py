@@ -60,7 +60,7 @@ class Outcome:
     steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Descent:
     """samples: with held-out ones. seed: of the order of the others."""
 
@@ -72,8 +72,8 @@ class Descent:
     _order: Iterator[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_parts", [part for batch in self.samples.batches for part in parts(batch, POSITIONS_AT_ONCE)])
-        object.__setattr__(self, "_order", _shuffled(self._parts, self.seed))
+        self._parts = [part for batch in self.samples.batches for part in parts(batch, POSITIONS_AT_ONCE)]
+        self._order = _shuffled(self._parts, self.seed)
 
     def run(self, course: Course, task: str = "tune") -> Outcome:
         """Descend; the student is left in the best state on the way."""
@@ -117,8 +117,9 @@ class Descent:
         program, total, count = self.student.program, 0.0, 0
         for batch in [part for given in self.samples.held_out for part in parts(given, POSITIONS_AT_ONCE)]:
             inputs = (batch.to(program.device),)
-            total += batch.numel() * reference_of(program, program.run(inputs)).loss(self.student.outputs(inputs))
-            count += batch.numel()
+            reference = reference_of(program, program.run(inputs))
+            total += reference.positions * reference.loss(self.student.outputs(inputs))
+            count += reference.positions
         return total / count if math.isfinite(total) else math.inf
 
 

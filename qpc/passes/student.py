@@ -85,7 +85,7 @@ State = tuple[Tensor, ...]
 """A copy of all changes."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Student:
     """A differentiable copy of a program, which stays as it is until `write`.
 
@@ -114,7 +114,7 @@ class Student:
             self._fixed[name] = table.packed.restored().to(self.program.tensor(name).dtype)
         graph = copy.deepcopy(self.program.graph)
         scale_outputs(graph, list(self._sites))
-        object.__setattr__(self, "_module", fx.GraphModule(self.program.graph_module, graph))
+        self._module = fx.GraphModule(self.program.graph_module, graph)
 
     def pack(self, weight: str, packed: PackedWeight) -> None:
         """A weight is rounded: from now on only its scales move."""

@@ -26,24 +26,25 @@ class Tuning:
     steps: of gradient descent once all weights are rounded. learning_rate: of scales and vectors, relative to them.
     rounds: in how many parts, from the first layers to the last, the weights are rounded; after each but the last, those that are left are
     tuned in `round_steps` steps, at `matrix_rate` relative to their root mean square.
-    tokens: that the model samples for it, besides those of the calibration, if it sampled those.
+    more_text: for each token of the calibration, if the model sampled those, so many more are sampled to learn from: what is learned from
+    few does not hold on others.
     anywhere: on a CPU too, where it takes long.
     """
 
     steps: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     rounds: int = 1
     round_steps: int = 30
     matrix_rate: float = 5e-4
-    tokens: int = 0
+    more_text: int = 3
     anywhere: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds", "round_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")
-        if self.tokens < 0:
-            raise SettingsError(f"tuning: tokens={self.tokens} must not be negative")
+        if self.more_text < 0:
+            raise SettingsError(f"tuning: more_text={self.more_text} must not be negative")
         for name in ("learning_rate", "matrix_rate"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")

@@ -12,22 +12,23 @@ from torch import Tensor, nn
 
 import qpc
 from qpc.budget import Budget
-from qpc.calibration import Samples
+from qpc.calibration import Samples, SelfSampled, collect
 from qpc.capture import capture
-from qpc.compiler import group
+from qpc.compiler import Prepared, group, rounding
 from qpc.errors import SettingsError
 from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.options import Options
 from qpc.passes.descent import Descent
 from qpc.passes.embeddings import Embeddings
+from qpc.passes.feedbacks import Known
 from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.quantize import Quantize
 from qpc.passes.student import Student
 from qpc.passes.tune import Tune, Tuning
 from qpc.quant.scalar import ScalarQuantizer
-from qpc.sensitivity import Loss
+from qpc.sensitivity import Loss, Sensitivities
 from qpc.sensitivity.output_loss import reference_of
 from tests.compiled import DEVICES, logits
 from tests.families import FAMILIES, VOCABULARY, copied, grouped
@@ -147,6 +148,18 @@ def test_the_same_seed_gives_the_same() -> None:
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
+def test_more_text_is_sampled_to_learn_from() -> None:
+    options = Options(Budget.of(3), calibration=SelfSampled(tokens=1024, length=32), tune=replace(TUNING, more_text=2))
+    program = grouped("llama")
+    given, _ = collect(options.calibration, program, 0)
+    assert given is not None
+    _, tune = rounding(program, options, Prepared(Sensitivities({}, Loss.KL, 0.0, 0, 0), given, Known()))
+    assert isinstance(tune, Tune) and all(one is other for one, other in zip(tune.samples.held_out, given.held_out, strict=True))
+    own, more = tune.samples.batches[: len(given.batches)], torch.cat(tune.samples.batches[len(given.batches) :])
+    assert all(one is other for one, other in zip(own, given.batches, strict=True))
+    assert more.shape == (64, 32) and not any(torch.equal(row, other) for row in more for other in torch.cat(own))
+
+
 @pytest.mark.parametrize(("given", "held_out", "reason"), [(Tuning(), 8, "on a CPU"), (TUNING, 0, "held out")])
 def test_declines_with_a_reason(given: Tuning, held_out: int, reason: str) -> None:
     program = rounded("llama")
@@ -216,7 +229,9 @@ def test_anything_else_is_refused(value: object) -> None:
         Tuning.parse(value)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"rounds": 0}, {"round_steps": 0}, {"learning_rate": 0.0}, {"matrix_rate": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"rounds": 0}, {"round_steps": 0}, {"learning_rate": 0.0}, {"matrix_rate": -1.0}, {"more_text": -1}]
+)
 def test_fields_are_checked(change: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(change))):
         replace(TUNING, **change)
