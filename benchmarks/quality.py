@@ -2,7 +2,8 @@
 
 Compiles one model at several rates, and measures perplexity and mean KL(original || compiled) in windows that do not overlap. `--single`
 gives every linear the quantizer of one rate instead of an allocation; `--calibrations` compares sources of the moments for error feedback,
-`--sensitivities` ways to estimate what each linear matters. `--own-tokens` measures on text of the kind that the predictions are for, too.
+`--sensitivities` ways to estimate what each linear matters, `--tune` ways to tune it. `--own-tokens` measures on text of the kind that the
+predictions are for, too.
 `--double-newlines` prepares WikiText as its users do. README's figures and picture come from the files that it writes.
 """
 
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from itertools import groupby, product
@@ -25,10 +26,11 @@ from torch import fx, nn
 
 import qpc
 from benchmarks.rows import machine, write_rows
+from qpc import compiler
 from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
-from qpc.compiler import install, make_report, prepare
+from qpc.compiler import install, make_report, prepare, rounding
 from qpc.evaluate import evaluate
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import annotate, annotation
@@ -41,6 +43,7 @@ from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
+from qpc.passes.tune import Tuning
 from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
@@ -68,6 +71,7 @@ def main(arguments: list[str]) -> None:
         row |= {"effort": options.effort, "calibration": Path(job.calibration).name, "positions": job.positions, "shares": job.shares}
         row |= {
             "sensitivity": job.sensitivity and Path(job.sensitivity).name,
+            "tune": job.tune,
             "seed": job.seed,
             "budget": job.bits,
             "bits": report.bits_per_weight,
@@ -101,6 +105,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
     )
+    parser.add_argument("--tune", nargs="+", default=["auto"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
     parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
     parser.add_argument("--at-once", type=int, default=1, help="models of a single rate that are quantized at the same time")
@@ -115,7 +120,7 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     what = f"{row['method']} {row['budget']:>5} bits ({row['bits']:.3f}) {row['calibration']:>12} {row['positions']:>7} seed {row['seed']}"
     if row["sensitivity"] is not None:
-        what += f" {row['sensitivity']:>8}, shares {row['shares']}"
+        what += f" {row['sensitivity']:>8}, shares {row['shares']}, tune {row['tune']}"
     own = "" if row["kl_own_text"] is None else f" on its own text {row['kl_own_text']:.4f}"
     predicted = ""
     if row["kl_predicted"] is not None:
@@ -136,7 +141,7 @@ OWN_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Job:
-    """What is compiled. positions, shares: as the options of these names; sensitivity: None for a single rate."""
+    """What is compiled. positions, shares, tune: as the options of these names; sensitivity: None for a single rate."""
 
     seed: int
     calibration: str
@@ -144,6 +149,16 @@ class Job:
     sensitivity: str | None
     shares: str
     bits: str
+    tune: str
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What `tune` means: what `Tuning.parse` reads, or the fields of a `Tuning`."""
+        if "=" not in self.tune:
+            return Tuning.parse(self.tune)
+        given = dict(part.split("=") for part in self.tune.split(","))
+        fields: dict[str, Any] = {name: type(getattr(Tuning, name))(value) for name, value in given.items()}
+        return Tuning(anywhere=True, **fields)
 
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -154,8 +169,8 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
         for sensitivity, shares in product([None] if options.single else options.sensitivities, options.shares):
             if shares != options.shares[0] and (options.single or calibration == "none"):
                 continue
-            for bits in options.bits:
-                yield Job(seed, calibration, positions, sensitivity, shares, bits)
+            for bits, tune in product(options.bits, ["off"] if options.single else options.tune):
+                yield Job(seed, calibration, positions, sensitivity, shares, bits, tune)
 
 
 def _compiled(
@@ -180,11 +195,11 @@ def _compiled(
                     calibration=data(job),
                     weigh_positions=job.positions == "weighed",
                     sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
+                    tune=job.tuning,
                 )
                 prepared = Prepared.of(original, source) if prepared is None else prepared.but(source)
-                start_s = time.monotonic()
-                made, predicted = prepared.compiled(job.shares == "expected")
-                yield job, made, round(time.monotonic() - start_s, 1), predicted
+                made, elapsed_s, predicted = prepared.compiled(job.shares == "expected")
+                yield job, made, round(elapsed_s, 1), predicted
         return
     torch.linalg.cholesky(torch.eye(2, device=next(original.parameters()).device))  # its first call may not be made by two threads
     for start in range(0, len(jobs), options.at_once):
@@ -199,7 +214,10 @@ def _compiled(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A compile that stands before the allocation, from where it goes on with several budgets: samples, sensitivities, feedback."""
+    """A compile that stands before the allocation, from where it goes on with several budgets: samples, sensitivities, feedback.
+
+    rounded: the last program that was rounded at once, and the seconds it took.
+    """
 
     model: nn.Module
     program: Program
@@ -207,6 +225,7 @@ class Prepared:
     sensitivities: Sensitivities
     samples: Samples | None
     known: Known
+    rounded: dict[tuple[object, ...], tuple[Program, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(model: nn.Module, options: Options) -> "Prepared":
@@ -232,20 +251,37 @@ class Prepared:
         print(f"estimated in {time.monotonic() - start_s:.1f} s: {sensitivities.method}, {sensitivities.linearity}", flush=True)
         return replace(self, options=options, sensitivities=sensitivities)
 
-    def compiled(self, shares: bool) -> tuple[nn.Module, float]:
-        """The compiled copy, and the KL predicted before rounding. shares: let the allocation know what feedback will leave."""
-        program = _fresh(self.program)
-        if not shares:
-            for node in program.linears():
-                annotate(node, annotation(node).but(share=None))
-        quantize = Quantize(self.options.seed, samples=self.samples, known=self.known.fork())
-        Pipeline((self.options.allocate(self.options.budget, self.sensitivities),)).run(program)
+    def compiled(self, shares: bool) -> tuple[nn.Module, float, float]:
+        """The compiled copy, the seconds it took, and the KL predicted before rounding. shares: let the allocation know of feedback.
+
+        What is tuned only after rounding is rounded once for all ways of tuning it.
+        """
+        start_s = time.monotonic()
+        quantize, *rest = rounding(self.program, self.options, compiler.Prepared(self.sensitivities, self.samples, self.known.fork()))
+        key = (self.options.budget, self.options.sensitivity, shares)
+        alone = self.options.tune is None or self.options.tune.rounds == 1
+        before_s = 0.0
+        if alone and key in self.rounded:
+            program, before_s = self.rounded[key]
+            program = _fresh(program)
+        else:
+            program = _fresh(self.program)
+            if not shares:
+                for node in program.linears():
+                    annotate(node, annotation(node).but(share=None))
+            Pipeline((self.options.allocate(self.options.budget, self.sensitivities), quantize)).run(program)
+            if alone:
+                self.rounded.clear()
+                self.rounded[key] = _fresh(program), time.monotonic() - start_s
         assert isinstance(program.allocation, Allocation)
-        predicted = program.allocation.cost.distortion
-        Pipeline((quantize, Lower())).run(program)
+        Pipeline((*rest, Lower())).run(program)
+        elapsed_s = before_s + time.monotonic() - start_s
+        for remark in program.remarks:
+            if "held-out" in remark.reason:
+                print(remark, flush=True)
         result = install(self.model, program)
         result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
-        return result, predicted
+        return result, elapsed_s, program.allocation.cost.distortion
 
 
 @dataclass(frozen=True)
@@ -301,4 +337,5 @@ def _fresh(program: Program) -> Program:
     """A program of its own at the same stage."""
     graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     books = {"excluded": dict(program.excluded), "remarks": list(program.remarks), "history": list(program.history)}
-    return replace(program, graph_module=graph_module, packed={}, decisions={}, **books)
+    books |= {"packed": dict(program.packed), "tuned": dict(program.tuned), "decisions": dict(program.decisions)}
+    return replace(program, graph_module=graph_module, **books)

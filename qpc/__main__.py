@@ -38,6 +38,7 @@ from qpc.arguments import (
     SensitivityFile,
     SensitivityMethod,
     Total,
+    TuneSteps,
     pick_device,
     read_sensitivities,
     read_text,
@@ -90,6 +91,7 @@ def compile_model(
     start: CalibrationStart = None,
     sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
+    tune: TuneSteps = "auto",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
@@ -120,6 +122,7 @@ def compile_model(
             tokenizer=tokenizer,
             sensitivity=sensitivity,
             sensitivities=given,
+            tune=tune,
             gpu=times,
             batch=batch or 1,
             progress=progress,
@@ -335,11 +338,7 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
 
 def described(report: Report) -> dict[str, Any]:
     """A report with its totals, for machines."""
-    totals = {
-        "linear_weights": report.linear_weights,
-        "linear_bytes": report.linear_bytes,
-        "bits_per_weight": report.bits_per_weight,
-    }
+    totals = {"linear_weights": report.linear_weights, "linear_bytes": report.linear_bytes, "bits_per_weight": report.bits_per_weight}
     return totals | report.to_json()
 
 

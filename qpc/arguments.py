@@ -56,6 +56,10 @@ CalibrationTokens = Annotated[int | None, typer.Option("--calibration-tokens", h
 CalibrationStart = Annotated[
     str | None, typer.Option("--calibration-start", help="How the model's own text begins: bos, random or chat.", show_default=False)
 ]
+TuneSteps = Annotated[
+    str,
+    typer.Option("--tune", metavar="auto|off|STEPS", help="Steps in which scales and norms are tuned on that text; auto: if on a GPU."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]
 

@@ -38,6 +38,7 @@ LEGAL = (
     "embeddings",
     "calibration",
     "sensitivity",
+    "tune",
     "tokenizer",
     "gpu",
     "batch",
@@ -78,7 +79,7 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `sensitivity`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
+        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
     """
     parsed = BackendOptions.parse(options)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpc.budget import PS_PER_S, Budget
-from qpc.calibration import Samples, collect
+from qpc.calibration import Samples, SelfSampled, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError
 from qpc.ir.annotation import Annotation, annotation
@@ -32,12 +32,16 @@ from qpc.passes.lower_embeddings import LowerEmbeddings
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.passes.shares import Shares
+from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow
 from qpc.sensitivity import Method, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
+
+LESSON_SEED = 2_000_003
+"""Added to the seed of a compile where the model samples more text, to learn from."""
 
 
 def compile(
@@ -54,6 +58,7 @@ def compile(
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
+    tune: object = "auto",
     sensitivities: Sensitivities | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
@@ -62,7 +67,7 @@ def compile(
     """Compress the linears of `model` to a budget, with the least predicted loss.
 
     model: any causal language model of transformers, or another `nn.Module` together with `example_inputs`. It is left as it was; what
-        is not quantized is shared between it and the result.
+        is neither quantized nor tuned is shared between it and the result.
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
         KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
         `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
@@ -72,6 +77,8 @@ def compile(
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
+    tune: steps in which scales, norms and biases are tuned after rounding, on the inputs of the calibration; "auto" (if the model is on a
+        GPU, as many as usual), "off", or a `Tuning`.
     gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
         `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
         time that is predicted, where the budget limits none.
@@ -90,6 +97,7 @@ def compile(
         calibration=calibration,
         tokenizer=tokenizer,
         sensitivity=sensitivity,
+        tune=tune,
         gpu=gpu,
         batch=batch,
     )
@@ -131,11 +139,7 @@ def decide(program: Program, options: Options, *, sensitivities: Sensitivities |
     """From CAPTURED to QUANTIZED."""
     group(program, options)
     prepared = prepare(program, options, sensitivities, progress)
-    rest: tuple[Pass, ...] = (
-        options.allocate(options.budget, prepared.sensitivities),
-        Quantize(options.seed, options.rotation_block, progress, prepared.samples, known=prepared.known),
-    )
-    Pipeline(rest).run(program)
+    Pipeline((options.allocate(options.budget, prepared.sensitivities), *rounding(program, options, prepared, progress))).run(program)
     return program
 
 
@@ -191,6 +195,24 @@ def prepare(
     return Prepared(sensitivities, samples, known)
 
 
+def rounding(program: Program, options: Options, prepared: Prepared, progress: Progress = silent) -> tuple[Pass, ...]:
+    """The passes from ALLOCATED to QUANTIZED, and beyond to what is tuned."""
+    tuning, samples = options.tune, prepared.samples
+    if tuning is None or samples is None:
+        return (Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known),)
+    lessons = samples
+    if tuning.more_text and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
+        tokens = tuning.more_text * sum(batch.numel() for batch in (*samples.batches, *samples.held_out))
+        more, remarks = collect(replace(options.calibration, tokens=tokens), program, options.seed + LESSON_SEED, progress)
+        program.remarks += remarks
+        assert more is not None, "what could be sampled once can be sampled again"
+        lessons = replace(samples, batches=(*samples.batches, *more.batches, *more.held_out), importance=None)
+    return (
+        Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known, tuning=tuning, lessons=lessons),
+        Tune(tuning, lessons, options.seed, progress),
+    )
+
+
 def lowering(program: Program) -> tuple[Pass, ...]:
     """The passes from QUANTIZED to LOWERED."""
     return (LowerEmbeddings(), Lower()) if program.tables else (Lower(),)
@@ -213,18 +235,20 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def install(model: nn.Module, program: Program) -> nn.Module:
-    """A copy of the module tree with quantized linears and tables; every other tensor is shared with `model`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    result = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy of the module tree with quantized linears, tables and tuned parameters; every other tensor is shared with `model`."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for name, value in program.tuned.items():
+        live = program.tensor(name)
+        kept[id(live)] = nn.Parameter(value, live.requires_grad)
+    result = copy.deepcopy(model, kept)
     for name, packed in program.packed.items():
-        bias = getattr(model.get_submodule(name), "bias", None)
-        result.set_submodule(name, QuantizedLinear.from_packed(packed, bias))
+        result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
     for table in program.tables.values():
         readers: list[PackedModule] = []
         for lookup in table.lookups:
             readers.append(QuantizedEmbedding.from_packed(table.packed, program.tensor(table.weight).dtype, lookup.scale))
         for name in table.heads:
-            readers.append(QuantizedLinear.from_packed(table.packed, getattr(model.get_submodule(name), "bias", None)))
+            readers.append(QuantizedLinear.from_packed(table.packed, getattr(result.get_submodule(name), "bias", None)))
         for name, module in zip(table.names, readers, strict=True):
             result.set_submodule(name, module)
         tie(readers)

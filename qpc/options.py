@@ -13,6 +13,7 @@ from qpc.errors import SettingsError
 from qpc.latency import LatencyModel, latency_of
 from qpc.passes.allocate import Allocate
 from qpc.passes.timed_items import Timing
+from qpc.passes.tune import Tuning
 from qpc.quant.palette import Effort, default_palette
 from qpc.sensitivity import Method, Sensitivities
 from qpc.sensitivity_cache import Wanted
@@ -33,6 +34,7 @@ class Options:
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
     weigh_positions: in these moments, by what gradients say of their importance.
     sensitivity: how sensitivities are estimated.
+    tune: how scales and the vectors of norms and biases are tuned on the inputs of the calibration, after rounding; None: not at all.
     latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
         predicted where the budget names none.
 
@@ -49,6 +51,7 @@ class Options:
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
     sensitivity: Wanted = field(default_factory=Wanted)
+    tune: Tuning | None = field(default_factory=Tuning)
     latency: LatencyModel | None = None
     batch: int = 1
 
@@ -73,6 +76,7 @@ class Options:
         calibration: object = "self",
         tokenizer: Any | None = None,
         sensitivity: object = Method.GRADIENT,
+        tune: object = "auto",
         gpu: LatencyModel | Path | str | None = None,
         batch: int = 1,
     ) -> "Options":
@@ -88,6 +92,7 @@ class Options:
             embeddings=parse_rate(embeddings),
             calibration=parse_calibration(calibration, tokenizer=tokenizer),
             sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
+            tune=Tuning.parse(tune),
             latency=latency_for(gpu, limits),
             batch=batch,
         )

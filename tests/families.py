@@ -178,6 +178,7 @@ def copied(program: Program) -> Program:
         graph_module=fx.GraphModule(program.graph_module, graph),
         tensors=dict(program.tensors),
         excluded=dict(program.excluded),
+        tuned=dict(program.tuned),
         remarks=list(program.remarks),
         packed=dict(program.packed),
         tables=dict(program.tables),

@@ -307,6 +307,8 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
         (("--bits", "4", "--calibration-start", "middle"), ("'middle'", "bos, random, chat")),
         (("--bits", "4", "--calibration-start", "chat"), ("no chat template",)),
         (("--bits", "4", "--calibration-tokens", "0"), ("tokens=0",)),
+        (("--bits", "4", "--tune", "much"), ("'much'", "auto", "off")),
+        (("--bits", "4", "--tune", "0"), ("steps=0",)),
     ],
 )
 def test_bad_options_of_compile(run: Run, tiny_directory: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -37,6 +37,7 @@ class Program:
     excluded: names of linear modules that stay as they are, with the reason.
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
     tables: packed embeddings and output heads by name of their parameter (from GROUPED on, where they are asked for).
+    tuned: new values of parameters that are not packed, by qualified name (from QUANTIZED on); the module keeps the old ones.
     decisions: annotation of every site by name (from QUANTIZED on); outlives the nodes that lowering replaces.
     history: names of the passes already run, in order; a graph may go through several pipelines.
     calibration: the inputs on which second moments were taken, in words; None: there were none.
@@ -52,6 +53,7 @@ class Program:
     remarks: list[Remark] = field(default_factory=list)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
+    tuned: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[str, Annotation] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
     calibration: str | None = None
@@ -77,6 +79,10 @@ class Program:
         value = getattr(self.module.get_submodule(owner), leaf)
         assert isinstance(value, Tensor)
         return value
+
+    def latest(self, name: str) -> Tensor:
+        """The tuned value of this qualified name, else the live one."""
+        return self.tuned[name] if name in self.tuned else self.tensor(name)
 
     def bind(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """The value of every placeholder by its name, in the order of the graph: live parameters and buffers, then `inputs`.

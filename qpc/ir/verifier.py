@@ -100,7 +100,8 @@ def _canonical(program: Program, sites: list[Site]) -> None:
         _require(program, shape == (rows, columns), node, f"site shape {site.shape}, but {site.weight!r} is {rows}x{columns}")
         bias = node.args[2] if len(node.args) > 2 else None
         name = program.tensors.get(bias.name) if isinstance(bias, fx.Node) else None
-        _require(program, name == site.bias, node, f"adds {name!r}, but its site says {site.bias!r}")
+        replaced = program.stage >= Stage.LOWERED and site.bias in program.tuned
+        _require(program, replaced or name == site.bias, node, f"adds {name!r}, but its site says {site.bias!r}")
 
 
 def _grouped(program: Program, sites: list[Site]) -> None:

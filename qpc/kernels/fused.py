@@ -66,7 +66,8 @@ MANY_SUMS = HALF[1:]
 """Warpgroups and depth, best first: programs that take half of a multiprocessor, or the whole; short turns where the operand is long."""
 
 SMALLEST_BLOCKS, SMALL_BLOCKS = 128, 256
-"""Blocks for each multiprocessor up to which few large programs are best, which put few sums together; and blocks for each multiprocessor up to which a kernel takes half of it, so that the next one's codes are there when it may begin."""
+"""Blocks for each multiprocessor up to which few large programs are best, which have few sums to put together; and up to which a kernel
+takes half of each multiprocessor, so that the next one's codes are there when it may begin."""
 
 
 def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dtype, device: torch.device) -> Support:

@@ -22,7 +22,7 @@ class Adopt(Pass):
     source: Program
 
     def run(self, program: Program) -> PassResult:
-        """Copy annotations, packed weights and tables; keep groups to the members that are present here and read one value here."""
+        """Copy annotations, packed weights, tables and tuned values; keep groups to the members that are here and read one value here."""
         known = self.source.decisions
         nodes = list(program.linears())
         here = {site_of(node).name: annotation(node).group for node in nodes}
@@ -45,5 +45,6 @@ class Adopt(Pass):
                 program.packed[name] = self.source.packed[name]
                 changed.append(name)
         program.tables.update(self.source.tables)
+        program.tuned.update(self.source.tuned)
         program.decisions.update((site_of(node).name, annotation(node)) for node in nodes)
         return PassResult(tuple(changed), tuple(remarks))

@@ -20,7 +20,10 @@ from qpc.quant.layout import BLOCK_ROWS
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Packed tensors become buffers of the graph module; placeholders that nothing reads stay, for callers that still pass them."""
+    """Packed tensors and tuned parameters become buffers of the graph module.
+
+    Placeholders that nothing reads stay, for callers that still pass them.
+    """
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[Stage] = Stage.QUANTIZED
@@ -28,6 +31,7 @@ class Lower(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Replace group by group, in graph order."""
+        _read_tuned(program)
         groups: dict[FusionGroup, list[fx.Node]] = {}
         for node in program.linears():
             found = annotation(node)
@@ -40,6 +44,17 @@ class Lower(Pass):
         program.graph.lint()
         program.graph_module.recompile()
         return PassResult(changed=tuple(name for group in groups for name in group.members))
+
+
+def _read_tuned(program: Program) -> None:
+    """Let what reads a tuned parameter read a constant with its new value."""
+    placeholders = program.graph.find_nodes(op="placeholder")
+    with program.graph.inserting_before(next(node for node in program.graph.nodes if node.op != "placeholder")):
+        for node in placeholders:
+            name = program.tensors.get(node.name, "")
+            if name in program.tuned:
+                label = re.sub(r"\W", "_", name)
+                node.replace_all_uses_with(constant(program, f"{label}_tuned", program.tuned[name]))
 
 
 def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rotations: dict[tuple[fx.Node, int], fx.Node]) -> None:
@@ -95,7 +110,7 @@ def _view_rows(program: Program, group: FusionGroup, codes: tuple[Tensor, ...], 
 
 def _stacked_bias(program: Program, label: str, sites: list[LinearSite]) -> fx.Node | None:
     """The biases of the stacked rows as a constant, with zeros for members that have none."""
-    live = [None if site.bias is None else program.tensor(site.bias).detach() for site in sites]
+    live = [None if site.bias is None else program.latest(site.bias).detach() for site in sites]
     like = next((bias for bias in live if bias is not None), None)
     if like is None:
         return None

@@ -13,7 +13,10 @@ from qpc.ir.stage import Stage
 from qpc.kernels.encoder import encoder_for
 from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
+from qpc.passes.descent import Descent
 from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.passes.student import Student
+from qpc.passes.tune import Lessons, Tuning
 from qpc.progress import Progress, silent, track
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.stacking import quantize_stacked
@@ -38,6 +41,8 @@ class Quantize(Pass):
     sequential: take each moment behind the layers that are already quantized, instead of all from the original model. Then only the
         linears of one input can be rounded together; else those of many layers are, which keeps a GPU busy.
     known: feedback that was made before, of the original model.
+    tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
+        same.
     """
 
     name: ClassVar[str] = "quantize"
@@ -49,16 +54,30 @@ class Quantize(Pass):
     samples: Samples | None = None
     sequential: bool = False
     known: Known = field(default_factory=Known)
+    tuning: Tuning | None = None
+    lessons: Samples | None = None
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
         feedbacks = Feedbacks(program, tuple(nodes), self.samples, self.seed, self.rotation_block, self.known)
-        count = len({site_of(node).weight for node in nodes})
-        for _ in track(self._in_turn(program, feedbacks), "quantize", count, self.progress):
+        sizes = {site_of(node).weight: site_of(node).shape.weights for node in nodes}
+        lessons = self._lessons(program, sum(sizes.values()))
+        for _ in track(self._in_turn(program, feedbacks, lessons), "quantize", len(sizes), self.progress):
             pass
+        remarks = list(self._far_from_gaussian(program, nodes))
+        if lessons is not None:
+            lessons.student.write()
+            remarks += [self.declined(type(program.module).__name__, text) for text in lessons.told]
         program.decisions.update((site_of(node).name, annotation(node)) for node in program.linears())
-        return PassResult(tuple(program.packed), tuple(self._far_from_gaussian(program, nodes)))
+        return PassResult(tuple(program.packed), tuple(remarks))
+
+    def _lessons(self, program: Program, weights: int) -> Lessons | None:
+        """What goes on between rounds, if there are several."""
+        samples = self.samples if self.lessons is None else self.lessons
+        if self.tuning is None or samples is None or self.tuning.rounds == 1 or self.tuning.declines(program, samples):
+            return None
+        return Lessons(Descent(Student(program), samples, self.seed, self.progress), self.tuning, weights)
 
     def _far_from_gaussian(self, program: Program, nodes: list[fx.Node]) -> Iterator[Remark]:
         """What the rotation did not help enough, each weight once."""
@@ -68,25 +87,31 @@ class Quantize(Pass):
                 reason = f"still far from Gaussian after the rotation in blocks of {rotation.block}: excess kurtosis {kurtosis[1]:.1f}"
                 yield self.declined(name, reason)
 
-    def _in_turn(self, program: Program, feedbacks: Feedbacks) -> Iterator[None]:
+    def _in_turn(self, program: Program, feedbacks: Feedbacks, lessons: Lessons | None) -> Iterator[None]:
         """Pack all weights, in the order of their inputs; yields once for each."""
         stream = feedbacks.stream(self.sequential)
         waiting: list[Job] = []
         for jobs in feedbacks.in_turn(stream):
             waiting += jobs
-            if (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
-                yield from self._flush(program, waiting, stream)
+            due = lessons is not None and lessons.due(jobs)
+            if due or (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
+                yield from self._flush(program, waiting, stream, lessons)
                 waiting = []
-        yield from self._flush(program, waiting, stream)
+            if lessons is not None and due:
+                lessons.teach()
+        yield from self._flush(program, waiting, stream, lessons)
 
-    def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None) -> Iterator[None]:
+    def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None, lessons: Lessons | None) -> Iterator[None]:
         """Pack what waits: weights of one quantizer and width together."""
         alike: dict[tuple[Quantizer | None, int], list[Job]] = {}
         for job in waiting:
             first = job.sites[0]
             alike.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
         for jobs in alike.values():
-            made = _pack(program, jobs)
+            made = _pack(program, jobs, None if lessons is None else lessons.student)
+            if lessons is not None:
+                for job in jobs:
+                    lessons.student.pack(site_of(job.sites[0]).weight, program.packed[site_of(job.sites[0]).name])
             if stream is not None and self.sequential:
                 for job, weight in zip(jobs, made, strict=True):
                     stream.replace(dict.fromkeys(job.sites, job.rotation.invert(weight)))
@@ -99,11 +124,12 @@ def _weighs(program: Program, waiting: list[Job]) -> int:
     return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
 
 
-def _pack(program: Program, jobs: list[Job]) -> list[Tensor]:
+def _pack(program: Program, jobs: list[Job], student: Student | None = None) -> list[Tensor]:
     """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
     quantizer = annotation(jobs[0].sites[0]).quantizer
     assert quantizer is not None
-    weights = [weight_matrix(program, site_of(job.sites[0])) for job in jobs]
+    sites = [site_of(job.sites[0]) for job in jobs]
+    weights = [weight_matrix(program, site) if student is None else student.matrix(site) for site in sites]
     rotated = [job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
     found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), [job.feedback for job in jobs])
     made = []

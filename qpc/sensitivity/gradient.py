@@ -77,11 +77,11 @@ def by_gradient(
 
     Raises `ModelError` if there are no linears, if the output cannot be differentiated, or if a gradient is not finite.
     """
-    parts = [(number, part) for number, batch in enumerate(batches) for part in _parts(batch)]
+    passes = [(number, part) for number, batch in enumerate(batches) for part in parts(batch)]
     totals: dict[str, float] = {}
     importance: list[dict[str, list[Tensor]]] = [{} for _ in batches]
     positions, kind = 0, Loss.KL
-    for number, (batch, part) in enumerate(track(parts, "gradients", len(parts), progress)):
+    for number, (batch, part) in enumerate(track(passes, "gradients", len(passes), progress)):
         found = recall(number, partial(backward, program, part, (seed, number)))
         positions, kind = positions + found.positions, found.kind
         for weight, energy in found.energy.items():
@@ -147,7 +147,7 @@ def _take_energy(energy: dict[str, Tensor], weight: str, square: Tensor, leaf: T
     leaf.grad = None
 
 
-def _parts(batch: Tensor) -> Iterator[Tensor]:
-    """Sequences that go through one pass together."""
+def parts(batch: Tensor, positions: int = POSITIONS_AT_ONCE) -> Iterator[Tensor]:
+    """The sequences of a batch, those together that go through one backward pass: of so many positions, at least one sequence."""
     each = max(1, math.prod(batch.shape[1:-1] if batch.is_floating_point() else batch.shape[1:]))
-    yield from torch.split(batch, max(1, POSITIONS_AT_ONCE // each))
+    yield from torch.split(batch, max(1, positions // each))

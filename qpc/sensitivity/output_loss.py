@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qpc.errors import ModelError
 from qpc.ir.program import Program
@@ -35,6 +36,10 @@ class Reference(ABC):
         """Loss of these outputs of the graph; NaN or infinity if they are not finite."""
 
     @abstractmethod
+    def distance(self, outputs: Sequence[Any]) -> Tensor:
+        """The same as a scalar with a gradient, float32; it has fewer digits."""
+
+    @abstractmethod
     def cotangent(self, generator: torch.Generator) -> Tensor:
         """A random z of the shape of the output: for small changes d of it, positions * loss is half the mean of (z . d)^2."""
 
@@ -51,6 +56,9 @@ class _RelativeError(Reference):
 
     def loss(self, outputs: Sequence[Any]) -> float:
         return float((main_output(outputs) - self._output).double().square().sum()) / self._energy
+
+    def distance(self, outputs: Sequence[Any]) -> Tensor:
+        return (main_output(outputs).float() - self._output.float()).square().sum() / self._energy
 
     def cotangent(self, generator: torch.Generator) -> Tensor:
         draw = torch.randn(self._output.shape, generator=generator, device=self._output.device)
@@ -76,6 +84,10 @@ class _Divergence(Reference):
             rows = torch.where(rows.isfinite(), rows, torch.logsumexp(log_p + d, dim=-1))
             total += float(rows.clamp_min(0).double().sum())
         return total / len(self._log_p)
+
+    def distance(self, outputs: Sequence[Any]) -> Tensor:
+        log_q = main_output(outputs).float().flatten(0, -2).log_softmax(dim=-1)
+        return functional.kl_div(log_q, self._log_p, reduction="sum", log_target=True) / len(self._log_p)
 
     def cotangent(self, generator: torch.Generator) -> Tensor:
         """Of covariance diag(p) - p p^T at each position: that of the gradients of log p(y) for labels y drawn from p, but Gaussian.
