@@ -105,7 +105,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
     )
-    parser.add_argument("--tune", nargs="+", default=["auto"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
+    parser.add_argument("--tune", nargs="+", default=["off"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
     parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
     parser.add_argument("--at-once", type=int, default=1, help="models of a single rate that are quantized at the same time")

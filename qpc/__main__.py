@@ -91,7 +91,7 @@ def compile_model(
     start: CalibrationStart = None,
     sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
-    tune: TuneSteps = "auto",
+    tune: TuneSteps = "off",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,

@@ -51,7 +51,7 @@ class Options:
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
     sensitivity: Wanted = field(default_factory=Wanted)
-    tune: Tuning | None = field(default_factory=Tuning)
+    tune: Tuning | None = None
     latency: LatencyModel | None = None
     batch: int = 1
 
@@ -76,7 +76,7 @@ class Options:
         calibration: object = "self",
         tokenizer: Any | None = None,
         sensitivity: object = Method.GRADIENT,
-        tune: object = "auto",
+        tune: object = "off",
         gpu: LatencyModel | Path | str | None = None,
         batch: int = 1,
     ) -> "Options":

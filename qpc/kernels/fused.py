@@ -121,12 +121,13 @@ def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], opera
     """
     groups, even = -(-block_rows // WARP_ROWS), True
     cuts: tuple[tuple[int, int], ...]
+    few = min(multiprocessors, MOST_CONTRIBUTORS * groups)
     if operand_rows > 8:
-        cuts, programs = MANY_SUMS, multiprocessors
+        cuts, programs = MANY_SUMS, few
     elif operand_rows > 4:
-        cuts, programs = SHORT_TURNS, multiprocessors
+        cuts, programs = SHORT_TURNS, few
     elif block_rows * sum(widths) <= SMALLEST_BLOCKS * multiprocessors:
-        cuts, programs = SHORT_TURNS, min(multiprocessors, MOST_CONTRIBUTORS * groups)
+        cuts, programs = SHORT_TURNS, few
     elif block_rows * sum(widths) <= SMALL_BLOCKS * multiprocessors:
         cuts, programs, even = HALF, multiprocessors, False
     elif 2 * groups >= multiprocessors:
