@@ -124,9 +124,7 @@ def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], opera
     few = min(multiprocessors, MOST_CONTRIBUTORS * groups)
     if operand_rows > 8:
         cuts, programs = MANY_SUMS, few
-    elif operand_rows > 4:
-        cuts, programs = SHORT_TURNS, few
-    elif block_rows * sum(widths) <= SMALLEST_BLOCKS * multiprocessors:
+    elif operand_rows > 4 or block_rows * sum(widths) <= SMALLEST_BLOCKS * multiprocessors:
         cuts, programs = SHORT_TURNS, few
     elif block_rows * sum(widths) <= SMALL_BLOCKS * multiprocessors:
         cuts, programs, even = HALF, multiprocessors, False
