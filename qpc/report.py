@@ -305,7 +305,7 @@ def summary(report: Report) -> RenderableType:
     table.add_row("calibration", Text(report.calibration or "none: weights are rounded without error feedback"))
     if report.predicted_loss is not None:
         table.add_row("predicted", f"KL {report.predicted_loss:.4f} nats per token")
-    if report.latency_s is not None and report.batch is not None:
+    if report.latency_s and report.batch is not None:  # of a model without linears to quantize it is 0
         table.add_row("time", Text(f"{speed(report.latency_s, report.batch)}: these linears alone, predicted for {report.gpu}"))
     if report.solver_gap is not None:
         table.add_row("solver", "optimal" if report.solver_gap <= 1e-6 else f"within {report.solver_gap:.2%} of the optimum")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,6 +175,11 @@ def test_summary_tells_sizes_and_groups() -> None:
         "given, 90 tokens",
     ):
         assert expected in text
+
+
+def test_summary_of_a_model_without_linears_tells_no_speed() -> None:
+    assert "tokens/s" not in printed(summary(replace(report(), gpu="h100", batch=1, latency_s=0.0)), 100)
+    assert "tokens/s" in printed(summary(replace(report(), gpu="h100", batch=1, latency_s=1e-3)), 100)
 
 
 def test_similar_remarks_share_a_line() -> None:

@@ -54,10 +54,10 @@ MOST_CONTRIBUTORS = 8
 STAGES = 2
 """Slots of the ring of codes of a warp. More were not faster."""
 
-REGISTERS, MORE_REGISTERS = 128, 168
+REGISTERS, MORE_REGISTERS = 128, 255
 """Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more for more
 than 8 rows of the batch, which have more sums, and for single warpgroups, which finish more rows a thread. (With 64 it takes a third
-longer.)"""
+longer.) So at most two programs are on a multiprocessor: see the end of `benchmarks/results/nvidia-h100/KERNELS.md` on three."""
 
 HALF = ((2, 4), (2, 2), (2, 1), (1, 2), (1, 1))
 WHOLE = ((4, 4), (4, 2), *HALF)

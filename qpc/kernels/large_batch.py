@@ -64,7 +64,11 @@ def multiply(
     """
     strategy = strategy or choose(out_features, x.shape[1])
     parts = strategy.parts(out_features)
-    overlapped = strategy.overlapped and len(parts) > 1 and x.is_cuda
+    if len(parts) == 1:
+        weight = x.new_empty((out_features, x.shape[1]))
+        decode_rows(codes, scales, quantizers, weight, 0)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    overlapped = strategy.overlapped and x.is_cuda
     out = x.new_empty((x.shape[0], out_features))
     bias = None if bias is None else bias.to(x.dtype)
     height = max((part.stop - part.start for part in parts), default=0)
