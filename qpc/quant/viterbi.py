@@ -5,10 +5,11 @@ through the joint, gives the L - k bits which the last window and the first one 
 with them. Only the windows of `neighbours` are tried.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,11 @@ class _Table:
     def __init__(self, listed: Neighbours, points: NDArray[np.int16], scale: float) -> None:
         self.listed, self.points, self.scale = listed, points, scale
 
+    @property
+    def nbytes(self) -> int:
+        """Of the lists and the points."""
+        return self.points.nbytes + self.listed.symbols.nbytes
+
     @staticmethod
     def of(listed: Neighbours, code: Tensor, step_bits: int, scale: float) -> "_Table":
         """Look up the code points [2^window_bits, 2] of all listed windows, `scale` times as large and rounded."""
@@ -87,12 +93,25 @@ class _Table:
         return _Table(listed, points, scale)
 
 
-@lru_cache(maxsize=4)
+KEPT_BYTES = 1 << 30
+"""Tables that are kept take this much together, or the last one alone more."""
+
+_tables: OrderedDict[tuple[int, int], _Table] = OrderedDict()
+_tables_lock = Lock()
+
+
 def _table(step_bits: int, window_bits: int) -> _Table:
-    """The table of the computed code. Few are kept: they take up to 1 GB, and weights of one quantizer come after each other."""
-    with torch.inference_mode(False):
-        code = codebook(step_bits, window_bits)
-        return _Table.of(nearest(code, step_bits), code, step_bits, scale=1)
+    """The table of the computed code. A mixed plan comes back to its quantizers layer after layer; what was used last is kept."""
+    key = step_bits, window_bits
+    with _tables_lock:
+        if key not in _tables:
+            with torch.inference_mode(False):
+                code = codebook(step_bits, window_bits)
+                _tables[key] = _Table.of(nearest(code, step_bits), code, step_bits, scale=1)
+        _tables.move_to_end(key)
+        while len(_tables) > 1 and sum(table.nbytes for table in _tables.values()) > KEPT_BYTES:
+            _tables.popitem(last=False)
+        return _tables[key]
 
 
 def _search(values: Tensor, table: _Table, step_bits: int, window_bits: int) -> NDArray[np.uint16]:

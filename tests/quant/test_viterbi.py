@@ -4,6 +4,7 @@ import torch
 from numpy.typing import NDArray
 
 from qpc.errors import QuantizerError
+from qpc.quant import viterbi
 from qpc.quant.bitstring import ring_windows
 from qpc.quant.codebook import code_deviation, codebook
 from qpc.quant.viterbi import encode_rings, search_rings
@@ -82,3 +83,14 @@ def test_result_depends_on_neither_threads_nor_neighbours(monkeypatch: pytest.Mo
 def test_shapes_that_make_no_ring_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(QuantizerError):
         encode_rings(torch.zeros(shape), 3, 12)
+
+
+def test_tables_of_a_mixed_plan_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they fit together; otherwise those that were used last are kept."""
+    keys = [(step_bits, step_bits + 4) for step_bits in range(2, 8)]
+    first = [viterbi._table(*key) for key in keys]
+    assert all(viterbi._table(*key) is table for key, table in zip(keys, first, strict=True))
+    monkeypatch.setattr(viterbi, "KEPT_BYTES", first[-1].nbytes)
+    assert viterbi._table(*keys[-1]) is first[-1]
+    again = viterbi._table(*keys[0])
+    assert again is not first[0] and viterbi._table(*keys[0]) is again
