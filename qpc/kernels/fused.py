@@ -56,8 +56,8 @@ STAGES = 2
 
 REGISTERS, MORE_REGISTERS = 128, 255
 """Of a thread at most: what a warp needs to decode some windows while others are multiplied, and to spill nothing; more for more
-than 8 rows of the batch, which have more sums, and for single warpgroups, which finish more rows a thread. (With 64 it takes a third
-longer.) So at most two programs are on a multiprocessor: see the end of `benchmarks/results/nvidia-h100/KERNELS.md` on three."""
+than 8 rows of the batch, which have more sums, and for single warpgroups, which finish more rows a thread. (With 64 it takes a
+quarter longer.) So at most two programs are on a multiprocessor: see the end of `benchmarks/results/nvidia-h100/KERNELS.md` on three."""
 
 HALF = ((2, 4), (2, 2), (2, 1), (1, 2), (1, 1))
 WHOLE = ((4, 4), (4, 2), *HALF)
@@ -239,7 +239,7 @@ def multiply(
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, PDL=True,
+        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups,
         num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

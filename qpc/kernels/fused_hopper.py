@@ -185,7 +185,6 @@ def _multiply_part(
     shared, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, UNIT: gl.constexpr, IS_SECOND: gl.constexpr, IS_LAST: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    PDL: gl.constexpr,
 ):  # fmt: skip
     """What one of `programs` does of one part of the weight. operand: from the first column of the part on.
 
@@ -239,8 +238,7 @@ def _multiply_part(
         source += TURN * 16 * STEP_BITS
         ahead_left = gl.maximum(ahead_left - 1, 0)
     do(_BARRIER, "=r,r", [lane])
-    if PDL:
-        gdc_wait()
+    gdc_wait()
 
     first_word = lane * STEP_BITS // 2
     own = (4 * first_word).to(gl.uint32)
@@ -320,7 +318,7 @@ def fused_kernel(
     turns_0, turns_1, programs_0, most, batch, rows, out_features,
     STEP_BITS_0: gl.constexpr, STEP_BITS_1: gl.constexpr, WINDOW_BITS_0: gl.constexpr, WINDOW_BITS_1: gl.constexpr,
     UNIT_0: gl.constexpr, UNIT_1: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr,
-    OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr, PDL: gl.constexpr,
+    OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """The first `programs_0` programs have the first part, the others the second, if there is one.
 
@@ -328,8 +326,7 @@ def fused_kernel(
     `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight.
     """
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
-    if PDL:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     BEFORE_RINGS: gl.constexpr = _head_bytes(WARPGROUPS, STAGES) + 2 * CHUNK_BYTES + _TAIL + _exchange_bytes(WARPGROUPS, OPERAND_ROWS)
     SIZE: gl.constexpr = BEFORE_RINGS + 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
     memory = gl.allocate_shared_memory(gl.int64, [SIZE // 8, 1], mbarrier.MBarrierLayout())
@@ -344,18 +341,16 @@ def fused_kernel(
             program, programs, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
             HAS_BIAS, WARPGROUPS,
-            PDL,
         )  # fmt: skip
     elif program < programs_0:
         _multiply_part(
             program, programs_0, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, False, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
             HAS_BIAS, WARPGROUPS,
-            PDL,
         )  # fmt: skip
     else:
         _multiply_part(
             program - programs_0, programs - programs_0, codes_1, operand + turns_0 * (DEPTH * WARPGROUPS * 32 * OPERAND_ROWS), turns_1,
             turns_0, programs_0, operand_scales, scales, bias, out, workspace, most, batch, rows, out_features, shared, STEP_BITS_1,
-            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, PDL,
+            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
         )  # fmt: skip

@@ -34,7 +34,7 @@ def compiled(
     constants = {
         "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
         "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
-        "HAS_BIAS": bias, "WARPGROUPS": warpgroups, "PDL": True,
+        "HAS_BIAS": bias, "WARPGROUPS": warpgroups,
     }  # fmt: skip
     types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
     types |= {"operand_scales": "*fp32", "workspace": "*fp32"}
