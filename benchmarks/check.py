@@ -21,6 +21,9 @@ from tests.kernels.cases import FULL, SMALL, Check, cases
 MOST_WORKERS = 12
 """Each holds a context of its own on the GPU, about half a gigabyte."""
 
+SHARES = 8
+"""Parts of the work for each process, so that one which is slow holds nobody up."""
+
 
 def main(arguments: list[str]) -> None:
     """Run the comparisons; print those that failed. Raises `BenchmarkError` if there are any, or none to run."""
@@ -33,13 +36,16 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     require_gpu()
     started_s, count, failed = time.monotonic(), 0, 0
+    shares = SHARES * options.workers
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        shares = [pool.submit(_run_share, options.quick, options.only, first, options.workers) for first in range(options.workers)]
-        for share in as_completed(shares):
-            ran, failures = share.result()
+        tasks = [pool.submit(_run_share, options.quick, options.only, first, shares) for first in range(shares)]
+        for done, task in enumerate(as_completed(tasks), 1):
+            ran, failures = task.result()
             count, failed = count + ran, failed + len(failures)
             for failure in failures:
                 print(f"FAILED {failure}", flush=True)
+            if ran and done % options.workers == 0:
+                print(f"{count} compared after {time.monotonic() - started_s:.0f} s", flush=True)
     print(f"{count} comparisons, {failed} failed, {time.monotonic() - started_s:.0f} s", flush=True)
     if failed:
         raise BenchmarkError(f"{failed} of {count} comparisons failed")

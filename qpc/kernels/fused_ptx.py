@@ -14,8 +14,8 @@ INITIALIZE = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p mbarrier.init.shared::cta.
 OF_LANE_0 = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
 """What lane 0 has: so the assembler knows that it is the same in all lanes, and keeps it in uniform registers."""
 
-PUBLISH_BARRIERS = "fence.mbarrier_init.release.cluster; mov.u32 $0, 0;"
-"""Let bulk copies see the barriers that this thread made."""
+PUBLISH_BARRIERS = "fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+"""Let bulk copies, and the other lanes of the warp, see the barriers that this thread made."""
 
 BARRIER = "bar.sync 0; mov.u32 $0, 0;"
 """Wait for all threads of the program."""
@@ -40,8 +40,11 @@ COPY = (
 )
 """Copy $5 bytes from global memory at $3 to shared memory at $2 if $4; a phase of the barrier at $1 is over when they are there."""
 
-REFILL = "bar.warp.sync 0xffffffff; " + COPY
-"""The same after all lanes of the warp have read what was there."""
+REFILL = "bar.warp.sync 0xffffffff; fence.proxy.async.shared::cta; " + COPY
+"""The same after all lanes of the warp have read what was there.
+
+Without the fence the copy can overtake loads that were issued before it, on a multiprocessor that is busy enough: they read other codes then.
+"""
 
 PREFETCH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
 """Bring the line at $1 into the second-level cache, if $2."""
