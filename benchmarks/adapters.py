@@ -10,6 +10,7 @@ from benchmarks.weights import RandomWeight
 from qpc.kernels import fused, gpu, operand_ops, ops
 from qpc.kernels.operand import pack_operand
 from qpc.quant.quantizer import UniformQuantizer
+from qpc.quant.rotation import Rotation
 
 Call = Callable[[], Tensor]
 
@@ -45,6 +46,12 @@ def rotation(x: Tensor, signs: Tensor, block: int) -> Call:
 def rotate_operand(x: Tensor, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """`qpc::rotate_operand`: words and scales of the operand."""
     return partial(operand_ops.rotate_operand, x, signs, block)
+
+
+def transform_of(weight: RandomWeight, x: Tensor) -> Callable[[], object]:
+    """What makes activations x [batch, in_features] what the product with this weight reads. Its result is nobody's argument."""
+    rotate = Rotation.random(x.shape[1], torch.Generator().manual_seed(0)).to(x.device)
+    return (rotate_operand if reads_operand(weight.parts, x) else rotation)(x, rotate.signs, rotate.block)
 
 
 def norm_operand(x: Tensor, weight: Tensor, epsilon: float, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:

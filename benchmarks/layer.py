@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.adapters import multiplications, reads_operand, rotate_operand, rotation
+from benchmarks.adapters import multiplications, transform_of
 from benchmarks.plan import Run, compile_ahead, failure, options_of, require_all
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import EXACT, Checked, check, copies_for, time_calls
@@ -25,7 +25,6 @@ from qpc.ir.annotation import LinearShape
 from qpc.latency import Latency, LatencyModel, Profile, latency_of
 from qpc.quant.palette import trellis_at
 from qpc.quant.quantizer import Quantizer
-from qpc.quant.rotation import Rotation
 
 MIXTURES: tuple[tuple[str, ...], ...] = (
     ("3",) * 4, ("3.25", "4", "2.5", "3.5"), ("2.75",) * 4, ("2",) * 4, ("4",) * 4, ("2.25", "3", "4.5", "3.75")
@@ -138,10 +137,8 @@ def work_of(linear: Linear, batch: int, copies: int, device: torch.device) -> Wo
     """A linear over random weights. The transform writes an operand of its own: that of the product was made before, of the same size."""
     _, in_features = linear.shape
     x = activations(batch, in_features, device)
-    rotate = Rotation.random(in_features, torch.Generator().manual_seed(0)).to(device)
     weights = random_weights(linear.quantizer, linear.shape, copies, device)
-    transform = (rotate_operand if reads_operand(weights[0].parts, x) else rotation)(x, rotate.signs, rotate.block)
-    return Work(transform, multiplications(weights, x), weights[0].product(x))
+    return Work(transform_of(weights[0], x), multiplications(weights, x), weights[0].product(x))
 
 
 def show(row: dict[str, Any]) -> str:

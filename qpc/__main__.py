@@ -91,7 +91,7 @@ def compile_model(
     start: CalibrationStart = None,
     sensitivity: SensitivityMethod = "gradient",
     sensitivities: SensitivityFile = None,
-    tune: TuneSteps = "off",
+    tune: TuneSteps = "auto",
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,

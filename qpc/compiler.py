@@ -58,7 +58,7 @@ def compile(
     tokenizer: Any | None = None,
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
-    tune: object = "off",
+    tune: object = "auto",
     sensitivities: Sensitivities | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
@@ -77,8 +77,8 @@ def compile(
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
-    tune: steps in which scales, norms and biases are tuned after rounding, on the inputs of the calibration; "off", "auto" (as many as
-        usual if the model is on a GPU), or a `Tuning`.
+    tune: steps in which scales, norms and biases are tuned after rounding, on the inputs of the calibration; "auto" (as many as usual if
+        the model is on a GPU), "off", or a `Tuning`.
     gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
         `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
         time that is predicted, where the budget limits none.

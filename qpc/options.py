@@ -76,7 +76,7 @@ class Options:
         calibration: object = "self",
         tokenizer: Any | None = None,
         sensitivity: object = Method.GRADIENT,
-        tune: object = "off",
+        tune: object = "auto",
         gpu: LatencyModel | Path | str | None = None,
         batch: int = 1,
     ) -> "Options":
