@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
@@ -236,7 +236,7 @@ def headings(columns: list[str]) -> dict[str, str]:
     return shortest
 
 
-def mean_bits(rows: list[ReportRow]) -> float:
+def mean_bits(rows: Sequence[ReportRow]) -> float:
     """Stored bits per weight over some rows."""
     return 8 * sum(row.weight_bytes for row in rows) / sum(row.weights for row in rows)
 
