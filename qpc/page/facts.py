@@ -114,7 +114,7 @@ def rate_distortion(source: Source) -> list[dict[str, Any]]:
     return [
         {"row": index, "bits": row.bits, "distortion": row.distortion, "felt": felt(row, source.quantizers.get(row.name))}
         for index, row in enumerate(source.report.rows)
-        if row.quantizer is not None and row.distortion
+        if excess(row) is not None
     ]
 
 
@@ -123,16 +123,26 @@ def allocation_law(source: Source) -> dict[str, Any] | None:
 
     That is `bits = log2(felt per weight / level) / 2` by reverse water-filling (`qpc.solver.water_filling`). None without sensitivities.
     """
-    placed = [
-        (index, row, row.sensitivity * (1.0 if row.remaining is None else row.remaining) / row.weights)
-        for index, row in enumerate(source.report.rows)
-        if row.quantizer is not None and row.sensitivity and row.remaining != 0
-    ]
+    placed = [(index, row, value / row.weights) for index, row in enumerate(source.report.rows) if (value := _felt(row)) > 0]
     if not placed:
         return None
     total = math.fsum(row.bits * row.weights for _, row, _ in placed)
     ideal = water_filling([value * row.weights for _, row, value in placed], [row.weights for _, row, _ in placed], total)
-    return {"level": ideal.level, "points": [{"row": index, "felt": value, "bits": row.bits} for index, row, value in placed]}
+    title = "sensitivity per weight, nats"
+    if source.report.calibration is not None:
+        title = "sensitivity per weight × error left, nats"
+    return {
+        "title": title,
+        "level": ideal.level,
+        "points": [{"row": index, "felt": value, "bits": row.bits} for index, row, value in placed],
+    }
+
+
+def _felt(row: ReportRow) -> float:
+    """Sensitivity to a white error of the quantizer, as far as error feedback leaves it [nats]; 0 if nothing is known."""
+    if row.quantizer is None or row.sensitivity is None:
+        return 0.0
+    return row.sensitivity * (1.0 if row.remaining is None else row.remaining)
 
 
 def _tail(name: str) -> str:

@@ -37,13 +37,12 @@ class Measure:
 
 def measures(source: Source) -> tuple[Measure, ...]:
     """Those that this checkpoint knows of any linear."""
+    sensitivity = partial(_sum, lambda row: row.sensitivity, scale=1e3)
     all_of_them = (
         Measure("bits", "Bits", "stored bits per weight", False, mean_bits, 2, fixed=True),
-        Measure(
-            "sensitivity", "Sensitivity", "nats of KL per unit of relative squared error", True, partial(_sum, lambda row: row.sensitivity)
-        ),
+        Measure("sensitivity", "Sensitivity", "10⁻³ nats of KL per unit of relative squared error", True, sensitivity),
         Measure("excess", "Above the bound", "dB of distortion above 2^(−2·bits)", False, mean_excess, 2, fixed=True),
-        Measure("loss", "Predicted loss", "thousandths of a nat of KL per token", True, partial(_sum, source.loss, scale=1e3)),
+        Measure("loss", "Predicted loss", "10⁻³ nats of KL per token", True, partial(_sum, source.loss, scale=1e3)),
         Measure("bytes", "Size", "kB stored", False, partial(_sum, lambda row: row.weight_bytes, scale=1e-3), 3),
         Measure("time", "Time", "µs in a step, predicted", False, partial(_sum, lambda row: row.latency_s, scale=1e6)),
     )
@@ -53,7 +52,7 @@ def measures(source: Source) -> tuple[Measure, ...]:
 
 def excess(row: ReportRow) -> float | None:
     """Decibels of distortion above the least that a Gaussian can have at the stored bits, `2^(-2 bits)`."""
-    if row.quantizer is None or not row.distortion:
+    if row.quantizer is None or row.distortion is None or row.distortion <= 0:
         return None
     return 10 * math.log10(row.distortion) + DECIBELS_PER_BIT * row.bits
 

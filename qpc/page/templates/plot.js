@@ -12,7 +12,7 @@ function axis(values, from, to, logarithmic, room = 0.06) {
   let [low, high] = [of(Math.min(...values)), of(Math.max(...values))];
   const margin = (high - low || 1) * room;
   [low, high] = [low - margin, high + margin];
-  const ticks = logarithmic ? decades(low, high) : steps(low, high, Math.abs(to - from) / 45);
+  const ticks = logarithmic ? decades(low, high) : steps(low, high, Math.abs(to - from) / 34);
   return { low, high, from, to, ticks, at: (value) => from + ((of(value) - low) / (high - low)) * (to - from) };
 }
 
@@ -75,6 +75,7 @@ function curve(x, y, of, { name, share, dx, dy, side }) {
   }
   if (places.length < 2) return [];
   const path = shape("path", { class: "bound", d: `M${places.map(([left, top]) => `${left.toFixed(1)},${top.toFixed(1)}`).join("L")}` });
+  if (!name) return [path];
   const [left, top] = places[Math.round(share * (places.length - 1))];
   return [path, shape("text", { class: "bound-name", x: left + dx, y: top + dy, "text-anchor": side }, name)];
 }
@@ -94,14 +95,16 @@ function drawRate(width) {
   const svg = shape("svg", { width, height: HEIGHT, role: "group", "aria-label": "distortion against bits, and decibels above the bound" });
   scales(svg, x, y, "", "squared error");
   scales(svg, x, gap, "stored bits per weight", "dB above");
-  svg.append(...curve(x, y, bound, { name: "Gaussian bound", share: 0.3, dx: -6, dy: 16, side: "end" }));
-  svg.append(...curve(x, gap, () => 0, { name: "", share: 0, dx: 0, dy: 0, side: "start" }));
+  const [line, name] = curve(x, y, bound, { name: "Gaussian bound", share: 0.5, dx: 10, dy: -8, side: "start" });
+  if (line) svg.append(line);
+  svg.append(...curve(x, gap, () => 0, {}));
   for (const each of felt) {
     svg.append(point(each.row, x.at(each.bits), y.at(each.felt), true), point(each.row, x.at(each.bits), gap.at(decibels(each.felt, each.bits)), true));
   }
   for (const each of points) {
     svg.append(point(each.row, x.at(each.bits), y.at(each.distortion)), point(each.row, x.at(each.bits), gap.at(decibels(each.distortion, each.bits))));
   }
+  if (name) svg.append(name);
   if (felt.length) {
     svg.append(shape("circle", { class: "point ring", "--colour": "var(--quiet)", cx: width - 168, cy: TOP + 10, r: 3.6, "pointer-events": "none" }));
     svg.append(shape("text", { x: width - 158, y: TOP + 14 }, "felt, after error feedback"));
@@ -115,10 +118,12 @@ function drawLaw(width) {
   const x = axis(points.map((each) => each.felt), LEFT, width - RIGHT, true);
   const y = axis(points.map((each) => each.bits), HEIGHT - BOTTOM, TOP, false);
   const svg = shape("svg", { width, height: HEIGHT, role: "group", "aria-label": "bits against sensitivity" });
-  scales(svg, x, y, "sensitivity per weight, nats", "stored bits per weight");
+  scales(svg, x, y, facts.law.title, "stored bits per weight");
   const ideal = (power) => Math.max(0, Math.log2(10 ** power / level) / 2);
-  if (level > 0) svg.append(...curve(x, y, ideal, { name: "ideal quantizers", share: 0.12, dx: 12, dy: 8, side: "start" }));
+  const [line, name] = level > 0 ? curve(x, y, ideal, { name: "ideal quantizers", share: 0.9, dx: -12, dy: 4, side: "end" }) : [];
+  if (line) svg.append(line);
   svg.append(...points.map((each) => point(each.row, x.at(each.felt), y.at(each.bits))));
+  if (name) svg.append(name);
   return [svg];
 }
 
