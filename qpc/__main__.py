@@ -216,11 +216,12 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what was decided for every linear of OUT, or make a page of it."""
+    from qpc import page
     from qpc.checkpoint import read_report
 
     report = read_report(compiled)
     if html is not None:
-        write_page(compiled, html)
+        page.write(compiled, html)
     if as_json:
         print_json(described(report))
     elif html is not None:
@@ -340,17 +341,6 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
     if ids.numel() < count:
         raise EvaluationError(f"the text has {ids.numel()} tokens, --tokens asks for {count}; give a longer text or --tokens {ids.numel()}")
     return ids[:count]
-
-
-def write_page(compiled: Path, file: Path) -> None:
-    """Make the page of a compiled model. Raises `UsageError` if the file cannot be written."""
-    from qpc.page import Source, render
-
-    page = render(Source.read(compiled))
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def described(report: Report) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
 def read_quantizers(directory: str | os.PathLike[str]) -> dict[str, Quantizer]:
     """The quantizer of each quantized linear and embedding by name, without reading tensors."""
     manifest = read_manifest(directory)
-    return {name: palette.from_json(entry.get("quantizer")) for name, entry in (manifest["linears"] | manifest["embeddings"]).items()}
+    entries = manifest["linears"] | manifest["embeddings"]
+    return {name: palette.from_json(entry.get("quantizer") if isinstance(entry, dict) else None) for name, entry in entries.items()}
 
 
 def tensor_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@
 show all of it. Whatever a checkpoint says is data: names and remarks are escaped wherever they stand.
 """
 
-from qpc.page.render import render
+from qpc.page.render import render, write
 from qpc.page.source import Source
 
-__all__ = ["Source", "render"]
+__all__ = ["Source", "render", "write"]

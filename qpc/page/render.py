@@ -1,5 +1,6 @@
 """Render: the templates, filled with what a checkpoint says."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qpc.errors import UsageError
 from qpc.ir.sketch import Role, Sketch
 from qpc.page.breakdown import sizes, times
 from qpc.page.facts import facts
@@ -32,6 +34,18 @@ class Tile:
     value: str
     unit: str
     note: str
+
+
+def write(directory: str | os.PathLike[str], file: Path) -> None:
+    """Make the page of the checkpoint in this directory.
+
+    Raises `CheckpointError` if there is none, or a damaged one, and `UsageError` if the file cannot be written.
+    """
+    page = render(Source.read(directory))
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def render(source: Source) -> str:

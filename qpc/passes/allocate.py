@@ -79,7 +79,7 @@ class Allocate(Pass):
         times = {} if self.timing is None else self._times(self.timing, places, weights, found)
         for place in places:
             quantizer, weight = found.choices[place.site.name], weights[place.site.weight]
-            cost = weight.cost(quantizer)
+            cost, as_given = weight.cost(quantizer), replace(weight, kept_bytes=stored_bytes(program.tensor(place.site.weight)))
             known = annotation(place.node).but(
                 group=fused[place.group][place.site.name],
                 quantizer=quantizer,
@@ -87,7 +87,7 @@ class Allocate(Pass):
                 distortion=cost.distortion,
                 weight_bytes=cost.weight_bytes,
                 latency_ps=times.get(place.site.name),
-                kept_latency_ps=None if self.timing is None else applied[place.site.name] * self.timing.latency([weight], None).ps,
+                kept_latency_ps=None if self.timing is None else applied[place.site.name] * self.timing.latency([as_given], None).ps,
             )
             annotate(place.node, known)
         program.allocation = found
