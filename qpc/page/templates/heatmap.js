@@ -1,5 +1,6 @@
 // The allocation: a grid of cells for each stack of layers, coloured by one measure at a time.
 const cells = [];
+const MANY = 40; // layers: from here on only every fifth is numbered where they stand side by side
 
 function drawHeatmaps() {
   for (const stack of facts.stacks) document.getElementById("heatmaps").append(grid(stack));
@@ -28,9 +29,10 @@ function drawHeatmaps() {
 
 /** Rows are kinds and columns are layers, or the other way round where the page is narrow: the style sheet decides. */
 function grid(stack) {
-  const node = element("div", { class: "grid", role: "group", "aria-label": stack.name || "outside the layers", "--layers": stack.layers.length, "--kinds": stack.kinds.length });
+  const many = stack.layers.length > MANY;
+  const node = element("div", { class: many ? "grid many" : "grid", role: "group", "aria-label": stack.name || "outside the layers", "--layers": stack.layers.length, "--kinds": stack.kinds.length });
   node.append(element("div", { class: "corner", "--kind-at": -1, "--layer-at": -1 }, stack.name || "other"));
-  stack.layers.forEach((layer, at) => node.append(element("div", { class: "layer", "--kind-at": -1, "--layer-at": at }, layer)));
+  stack.layers.forEach((layer, at) => node.append(element("div", { class: many && at % 5 ? "layer minor" : "layer", "--kind-at": -1, "--layer-at": at }, layer)));
   stack.kinds.forEach((kind, at) => node.append(element("div", { class: "name", "--kind-at": at, "--layer-at": -1 }, facts.kinds[kind])));
   const inside = stack.cells.map((cell) => {
     const made = element("div", { class: cell.kept ? "cell kept" : "cell", role: "img", tabindex: -1, "data-rows": cell.rows.join(" "), "--kind-at": cell.kind, "--layer-at": cell.layer }, element("span"));

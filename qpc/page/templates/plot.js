@@ -1,6 +1,6 @@
 // Plots of one point for each linear: rate and distortion, and sensitivity and bits. They are drawn again when their place changes width.
 const HEIGHT = 360;
-const LEFT = 56;
+const LEFT = 66;
 const RIGHT = 12;
 const TOP = 12;
 const BOTTOM = 42;
