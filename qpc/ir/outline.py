@@ -16,8 +16,31 @@ from qpc.ir.program import Program
 from qpc.ir.sketch import Box, Role, Sketch
 from qpc.ir.values import representatives
 
-PLUMBING = {"_to_copy", "alias", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "permute", "reshape", "select", "slice"}
-PLUMBING |= {"split", "split_with_sizes", "chunk", "squeeze", "t", "to", "transpose", "unsqueeze", "view"}
+PLUMBING = frozenset(
+    [
+        "_to_copy",
+        "alias",
+        "chunk",
+        "clone",
+        "contiguous",
+        "detach",
+        "expand",
+        "flatten",
+        "getitem",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "to",
+        "transpose",
+        "unsqueeze",
+        "view",
+    ]
+)
 """Operators that only look at a value in another way."""
 
 MOST_NODES = 1000
@@ -27,9 +50,9 @@ _INPUT, _OUTPUT = "input", "output"
 
 
 def outline(program: Program, block: str) -> Sketch | None:
-    """The part of a program that the module `block` ("model.layers.15") computes; None if the capture does not tell modules apart, or
-    the block has more than `MOST_NODES` nodes.
+    """The part of a program that the module `block` ("model.layers.15") computes.
 
+    None if the capture does not tell modules apart, or the block has more than `MOST_NODES` nodes.
     An arrow from the input stands for what the linears of earlier blocks computed (for the first block: for all that it reads). What all
     blocks share, such as masks and positions, is left out.
     """
