@@ -16,31 +16,8 @@ from qpc.ir.program import Program
 from qpc.ir.sketch import Box, Role, Sketch
 from qpc.ir.values import representatives
 
-PLUMBING = frozenset(
-    [
-        "_to_copy",
-        "alias",
-        "chunk",
-        "clone",
-        "contiguous",
-        "detach",
-        "expand",
-        "flatten",
-        "getitem",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "to",
-        "transpose",
-        "unsqueeze",
-        "view",
-    ]
-)
+PLUMBING = {"_to_copy", "alias", "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "permute", "reshape", "select"}
+PLUMBING |= {"slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unsqueeze", "view"}
 """Operators that only look at a value in another way."""
 
 MOST_NODES = 1000
