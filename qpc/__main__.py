@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import qpc
 from qpc.arguments import (
@@ -43,7 +43,7 @@ from qpc.arguments import (
     read_sensitivities,
     read_text,
 )
-from qpc.errors import EvaluationError, ModelError, QpcError, UsageError
+from qpc.errors import ModelError, QpcError, UsageError
 from qpc.report import Report, allocation_table, remarks, summary
 from qpc.terminal import ProgressBars, silent_stdout
 
@@ -211,14 +211,21 @@ def plan_model(
 
 @app.command()
 def inspect(
-    compiled: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled model.", show_default=False)], as_json: AsJson = False
+    compiled: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled model.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser instead.", show_default=False)] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what was decided for every linear of OUT."""
+    """Show what was decided for every linear of OUT, or make a page of it."""
+    from qpc import page
     from qpc.checkpoint import read_report
 
     report = read_report(compiled)
+    if html is not None:
+        page.write(compiled, html)
     if as_json:
         print_json(described(report))
+    elif html is not None:
+        print(f"{html}: written")
     else:
         show(report)
 
@@ -277,7 +284,7 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text, and the divergence from a reference."""
-    from qpc.evaluate import evaluate
+    from qpc.evaluate import evaluate, first_tokens
 
     content = read_text(text)
     network, tokenizer = load_any(model, device)
@@ -323,17 +330,6 @@ def required(tokenizer: Any | None, model: Path) -> Any:
     if tokenizer is None:
         raise ModelError(f"{model} has no tokenizer; put its tokenizer files (tokenizer.json, tokenizer_config.json) there")
     return tokenizer
-
-
-def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
-    """The first tokens of a text, int64 [count], with whatever the tokenizer itself puts in front.
-
-    Raises `EvaluationError` if the text has fewer.
-    """
-    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    if ids.numel() < count:
-        raise EvaluationError(f"the text has {ids.numel()} tokens, --tokens asks for {count}; give a longer text or --tokens {ids.numel()}")
-    return ids[:count]
 
 
 def described(report: Report) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from qpc.kernels.linear import QuantizedLinear, stack_rows
 from qpc.kernels.packed_module import PackedModule, tie, tied_groups
 from qpc.quant import palette
 from qpc.quant.layout import BLOCK_ROWS
+from qpc.quant.quantizer import Quantizer
 from qpc.report import Report
 
 FORMAT = "qpc"
@@ -136,6 +137,26 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def read_report(directory: str | os.PathLike[str]) -> Report:
     """The report of a checkpoint, without reading its tensors."""
     return Report.from_json(read_manifest(directory)["report"])
+
+
+def read_quantizers(directory: str | os.PathLike[str]) -> dict[str, Quantizer]:
+    """The quantizer of each quantized linear and embedding by name, without reading tensors."""
+    manifest = read_manifest(directory)
+    entries = manifest["linears"] | manifest["embeddings"]
+    return {name: palette.from_json(entry.get("quantizer") if isinstance(entry, dict) else None) for name, entry in entries.items()}
+
+
+def tensor_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of each tensor of a checkpoint by name, from the header of its file."""
+    path = Path(directory) / TENSORS
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is cut short or damaged") from error
 
 
 def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:

@@ -13,8 +13,10 @@ from qpc.budget import PS_PER_S, Budget
 from qpc.calibration import Samples, SelfSampled, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError
-from qpc.ir.annotation import Annotation, annotation
+from qpc.ir.annotation import Annotation, annotation, site_of
+from qpc.ir.outline import outline
 from qpc.ir.program import Program
+from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.linear import QuantizedLinear
@@ -35,7 +37,7 @@ from qpc.passes.shares import Shares
 from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
-from qpc.report import Report, ReportRow
+from qpc.report import Report, ReportRow, typical_block
 from qpc.sensitivity import Method, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
@@ -102,9 +104,13 @@ def compile(
         batch=batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
+    name = typical_block(site_of(node).name for node in program.linears())
+    before = None if name is None else outline(program, name)
     Pipeline(lowering(program)).run(program)
+    after = None if name is None else outline(program, name)
+    block = None if name is None or before is None or after is None else Block(name, before, after)
     result = install(model, program)
-    result.qpc_report = make_report(program, options)  # type: ignore[assignment]
+    result.qpc_report = replace(make_report(program, options), block=block)  # type: ignore[assignment]
     return result
 
 
@@ -277,6 +283,8 @@ def make_report(program: Program, options: Options) -> Report:
                 group=note.group.members,
                 reason=None if note.quantizer is not None else "the allocation left it as it is",
                 budgeted=True,
+                latency_s=None if note.latency_ps is None else note.latency_ps / PS_PER_S,
+                latency_before_s=None if note.kept_latency_ps is None else note.kept_latency_ps / PS_PER_S,
             )
         )
     for table in program.tables.values():

@@ -6,6 +6,7 @@ of the next-token distributions at every position. Softmax in float32, sums in f
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +108,14 @@ def likelihood(log_probability: Tensor, targets: Tensor) -> float:
 def exp(mean_loss: float) -> float:
     """Perplexity of a mean loss in nats; infinite where a float cannot hold it."""
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:
+    """The first tokens of a text, int64 [count], with whatever the tokenizer itself puts in front.
+
+    Raises `EvaluationError` if the text has fewer.
+    """
+    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    if ids.numel() < count:
+        raise EvaluationError(f"the text has {ids.numel()} tokens, --tokens asks for {count}; give a longer text or --tokens {ids.numel()}")
+    return ids[:count]

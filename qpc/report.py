@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpc.errors import CheckpointError
+from qpc.ir.sketch import Block
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ReportRow:
     group: names of the linears that it was fused with, itself included; a single linear is a group of one.
     budgeted: whether it counts for a budget in bits per weight; embeddings and output heads have a rate of their own and do not. Tied ones
         are one row, under the name of the embedding.
+    latency_s: predicted time in one step, of what runs as one with others its share by weights; these add up to that of the report.
+    latency_before_s: the same for the linear as it was given, by itself. Both None if no GPU was named.
     """
 
     name: str
@@ -40,6 +43,8 @@ class ReportRow:
     group: tuple[str, ...]
     reason: str | None
     budgeted: bool = True
+    latency_s: float | None = None
+    latency_before_s: float | None = None
 
     @property
     def weights(self) -> int:
@@ -56,6 +61,7 @@ class Report:
     predicted_loss: nats of KL per token that the sensitivities predict. solver_gap: relative distance to the proven optimum.
     gpu, batch, latency_s: predicted time of the linears that may be quantized in one step of so many sequences, and where; None if no GPU
         was named. The rest of the model is not in it.
+    block: one of the blocks that the model repeats, before it was lowered and after; None if there is none.
     """
 
     rows: tuple[ReportRow, ...]
@@ -71,6 +77,7 @@ class Report:
     gpu: str | None = None
     batch: int | None = None
     latency_s: float | None = None
+    block: Block | None = None
 
     @property
     def quantized(self) -> tuple[ReportRow, ...]:
@@ -106,16 +113,17 @@ class Report:
 
     @staticmethod
     def from_json(value: object) -> "Report":
-        """The inverse of `to_json`; `TIMES` may be missing, as in earlier reports.
+        """The inverse of `to_json`; `LATER_FIELDS` and `LATER_ROW_FIELDS` may be missing, as in earlier reports.
 
         Raises `CheckpointError` for another missing field, and for an unknown or ill-typed one.
         """
-        entries = checked(dict.fromkeys(TIMES) | value if isinstance(value, dict) else value, REPORT_FIELDS, "report")
+        entries = checked(value, REPORT_FIELDS, "report", LATER_FIELDS)
         rows = []
         for index, entry in enumerate(entries["rows"]):
-            row = checked(entry, ROW_FIELDS, f"report.rows[{index}]")
+            row = checked(entry, ROW_FIELDS, f"report.rows[{index}]", LATER_ROW_FIELDS)
             rows.append(ReportRow(**row | {"group": strings(row["group"], f"report.rows[{index}].group")}))
-        return Report(**entries | {"rows": tuple(rows), "remarks": strings(entries["remarks"], "report.remarks")})
+        block = None if entries["block"] is None else Block.from_json(entries["block"])
+        return Report(**entries | {"rows": tuple(rows), "remarks": strings(entries["remarks"], "report.remarks"), "block": block})
 
 
 NUMBER = (int, float)
@@ -133,6 +141,8 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
     "group": (list,),
     "reason": (str, NONE),
     "budgeted": (bool,),
+    "latency_s": (*NUMBER, NONE),
+    "latency_before_s": (*NUMBER, NONE),
 }
 REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "rows": (list,),
@@ -148,17 +158,20 @@ REPORT_FIELDS: dict[str, tuple[type, ...]] = {
     "gpu": (str, NONE),
     "batch": (int, NONE),
     "latency_s": (*NUMBER, NONE),
+    "block": (dict, NONE),
 }
-TIMES = ("gpu", "batch", "latency_s")
-"""Fields that a report of before they were predicted does not have."""
+LATER_FIELDS = ("gpu", "batch", "latency_s", "block")
+LATER_ROW_FIELDS = ("latency_s", "latency_before_s")
+"""Fields that earlier reports do not have."""
 assert list(ROW_FIELDS) == [field.name for field in fields(ReportRow)]
 assert list(REPORT_FIELDS) == [field.name for field in fields(Report)]
 
 
-def checked(value: object, expected: Mapping[str, tuple[type, ...]], where: str) -> dict[str, Any]:
-    """`value` as a dict of exactly the expected fields and types. Raises `CheckpointError`."""
+def checked(value: object, expected: Mapping[str, tuple[type, ...]], where: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`value` as a dict of exactly the expected fields and types; optional ones are None where they lack. Raises `CheckpointError`."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must be an object, got {type(value).__name__}")
+    value = dict.fromkeys(optional) | value
     for name in expected:
         if name not in value:
             raise CheckpointError(f"{where} lacks {name!r}")
@@ -167,7 +180,7 @@ def checked(value: object, expected: Mapping[str, tuple[type, ...]], where: str)
             raise CheckpointError(f"{where} has an unknown field {name!r}; known: {', '.join(expected)}")
         if not isinstance(entry, expected[name]) or (isinstance(entry, bool) and bool not in expected[name]):
             raise CheckpointError(f"{where}.{name} must be {' or '.join(kind.__name__ for kind in expected[name])}, got {entry!r}")
-    return dict(value)
+    return value
 
 
 def strings(value: list[Any], where: str) -> tuple[str, ...]:
@@ -201,6 +214,18 @@ class Place:
         return Place(".".join(parts[:index]), int(parts[index]), column)
 
 
+def typical_block(names: Iterable[str]) -> str | None:
+    """The module in the middle of the longest stack of layers that these linears stand in ("model.layers.15"), if there is one."""
+    stacks: dict[str, set[int]] = {}
+    for place in map(Place.of, names):
+        if place.layer is not None:
+            stacks.setdefault(place.stack, set()).add(place.layer)
+    if not stacks:
+        return None
+    stack, layers = max(stacks.items(), key=lambda entry: len(entry[1]))
+    return ".".join(filter(None, (stack, str(sorted(layers)[len(layers) // 2]))))
+
+
 def headings(columns: list[str]) -> dict[str, str]:
     """For each dotted name the fewest last components that tell it from the others."""
     shortest = {}
@@ -211,7 +236,7 @@ def headings(columns: list[str]) -> dict[str, str]:
     return shortest
 
 
-def mean_bits(rows: list[ReportRow]) -> float:
+def mean_bits(rows: Sequence[ReportRow]) -> float:
     """Stored bits per weight over some rows."""
     return 8 * sum(row.weight_bytes for row in rows) / sum(row.weights for row in rows)
 
@@ -321,15 +346,20 @@ def fused(report: Report) -> Counter[str]:
     return Counter(" + ".join(columns.get(Place.of(name).column, name) for name in group) for group in groups)
 
 
-def remarks(report: Report) -> RenderableType:
-    """What was declined and why; remarks of one pass and reason about places that differ only in their numbers share a line.
+def alike(report: Report) -> list[list[str]]:
+    """The remarks, those together that are of one pass and reason and about places that differ only in their numbers.
 
     A remark reads "pass: subject: reason", and a reason may go on after a colon with what is particular to the place.
     """
     kinds: dict[str, list[str]] = {}
     for remark in report.remarks:
         kinds.setdefault(re.sub(r"\d+", "#", ": ".join(remark.split(": ")[:3])), []).append(remark)
-    lines = [Text(same[0] if len(same) == 1 else f"{same[0]}  (and {len(same) - 1} like it)") for same in kinds.values()]
+    return list(kinds.values())
+
+
+def remarks(report: Report) -> RenderableType:
+    """What was declined and why; remarks that are alike share a line."""
+    lines = [Text(same[0] if len(same) == 1 else f"{same[0]}  (and {len(same) - 1} like it)") for same in alike(report)]
     return Group(*(Padding(line, (0, 0, 0, 2)) for line in lines)) if lines else Text("")
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import qpc
 from qpc import checkpoint
 from qpc.errors import CheckpointError
+from qpc.kernels.linear import QuantizedLinear
+from qpc.page import Source
 from tests.compiled import compiled_pair, logits
 from tests.families import FAMILIES
 
@@ -64,6 +67,14 @@ def test_report_counts_what_is_stored(saved: tuple[nn.Module, Path]) -> None:
     assert 0 <= size - report.model_bytes < 40_000, "only safetensors' own header may come on top"
 
 
+def test_parts_are_read_without_the_tensors(saved: tuple[nn.Module, Path]) -> None:
+    model, directory = saved
+    with safe_open(directory / checkpoint.TENSORS, framework="pt") as file:
+        assert checkpoint.tensor_bytes(directory) == {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    packed = {name: module.quantizer for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    assert checkpoint.read_quantizers(directory) == packed
+
+
 def test_plain_module_needs_its_class(small: Path) -> None:
     x = torch.randn(3, 64)
     assert qpc.load(small, fresh())(x).shape == (3, 32)
@@ -81,6 +92,9 @@ def test_cut_short(small: Path, name: str, keep: float) -> None:
     path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
     with pytest.raises(CheckpointError, match=r"cut short|damaged|not a manifest"):
         qpc.load(small, fresh())
+    if name == checkpoint.MANIFEST or keep in (0, 7, 100):  # beyond, the header of the tensors is whole
+        with pytest.raises(CheckpointError, match=r"cut short|damaged|not a manifest"):
+            Source.read(small)
 
 
 def edit(directory: Path, change: dict[str, object]) -> None:
@@ -101,8 +115,9 @@ def test_missing_parts(small: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no qpc\.json"):
         qpc.load(tmp_path / "empty")
     (small / checkpoint.TENSORS).unlink()
-    with pytest.raises(CheckpointError, match="missing"):
-        qpc.load(small, fresh())
+    for read in (lambda: qpc.load(small, fresh()), lambda: Source.read(small)):
+        with pytest.raises(CheckpointError, match="missing"):
+            read()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +135,8 @@ def test_malformed_entries(small: Path, entry: object) -> None:
     edit(small, {"linears": linears | {"0": entry}})
     with pytest.raises(qpc.QpcError):
         qpc.load(small, fresh())
+    with pytest.raises(qpc.QpcError):
+        Source.read(small)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

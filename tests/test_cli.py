@@ -256,6 +256,16 @@ def test_inspect_tells_the_same_twice(run: Run, compiled: Path) -> None:
     assert f"{json.loads(machine.out)['bits_per_weight']:.3f} bits per weight" in table.out
 
 
+def test_inspect_makes_a_page(run: Run, compiled: Path, tmp_path: Path) -> None:
+    made = run("inspect", compiled, "--html", tmp_path / "report.html")
+    assert (made.code, made.out, made.err) == (0, f"{tmp_path / 'report.html'}: written\n", "")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rate = json.loads(run("inspect", compiled, "--json", "--html", tmp_path / "again.html").out)["bits_per_weight"]
+    assert page == (tmp_path / "again.html").read_text(encoding="utf-8")
+    assert "model.layers.1.mlp.down_proj" in page and f"{rate:.3f}" in page and "One block: model.layers.1" in page
+    refused(run("inspect", compiled, "--html", tmp_path / "none" / "report.html"), "none", "cannot be written")
+
+
 def test_generate_continues_the_prompt(run: Run, compiled: Path, tiny_directory: Path) -> None:
     for directory in (compiled, tiny_directory):
         outcome = run("generate", directory, "--prompt", "Once", "--max-new-tokens", "5")

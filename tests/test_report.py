@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qpc.errors import CheckpointError
-from qpc.report import TIMES, Place, Report, ReportRow, allocation_table, headings, remarks, size, summary
+from qpc.ir.sketch import Block, Box, Role, Sketch
+from qpc.report import (
+    LATER_FIELDS,
+    LATER_ROW_FIELDS,
+    Place,
+    Report,
+    ReportRow,
+    allocation_table,
+    headings,
+    remarks,
+    size,
+    summary,
+    typical_block,
+)
 
 words = st.text(st.characters(categories=["Lu", "Ll", "Nd", "Po"]), max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -30,6 +43,16 @@ rows = st.builds(
     group=st.lists(names, max_size=3).map(tuple),
     reason=st.none() | words,
     budgeted=st.booleans(),
+    latency_s=st.none() | finite,
+    latency_before_s=st.none() | finite,
+)
+boxes = st.builds(Box, st.sampled_from(Role), words, names, st.lists(names, max_size=3).map(tuple), st.lists(words, max_size=3).map(tuple))
+sketches = st.lists(boxes, min_size=2, max_size=5).flatmap(
+    lambda found: st.builds(
+        Sketch,
+        st.just(tuple(found)),
+        st.lists(st.permutations(range(len(found))).map(lambda order: tuple(sorted(order[:2]))), max_size=5).map(tuple),
+    )
 )
 reports = st.builds(
     Report,
@@ -46,6 +69,7 @@ reports = st.builds(
     gpu=st.none() | words,
     batch=st.none() | st.integers(1, 64),
     latency_s=st.none() | finite,
+    block=st.none() | st.builds(Block, names, sketches, sketches),
 )
 
 
@@ -78,16 +102,17 @@ def test_json_round_trip(value: Report) -> None:
 @given(reports, st.data())
 def test_a_field_less_or_more_is_refused(value: Report, data: st.DataObject) -> None:
     entries = value.to_json()
-    del entries[data.draw(st.sampled_from(sorted(entries.keys() - set(TIMES))))]
+    del entries[data.draw(st.sampled_from(sorted(entries.keys() - set(LATER_FIELDS))))]
     with pytest.raises(CheckpointError, match="lacks"):
         Report.from_json(entries)
     with pytest.raises(CheckpointError, match="unknown field 'colour'"):
         Report.from_json(value.to_json() | {"colour": 1})
 
 
-def test_a_report_without_times_is_read() -> None:
+def test_an_earlier_report_is_read() -> None:
     value = report(row("a"))
-    entries = {name: entry for name, entry in value.to_json().items() if name not in TIMES}
+    entries = {name: entry for name, entry in value.to_json().items() if name not in LATER_FIELDS}
+    entries["rows"] = [{name: entry for name, entry in each.items() if name not in LATER_ROW_FIELDS} for each in entries["rows"]]
     assert Report.from_json(entries) == value
 
 
@@ -101,6 +126,10 @@ def test_a_report_without_times_is_read() -> None:
         (("rows", 0), 3, r"report.rows\[0\] must be an object"),
         (("rows", 0, "bits"), None, r"report.rows\[0\].bits must be int or float"),
         (("rows", 0, "group"), [None], r"report.rows\[0\].group\[0\] must be str"),
+        (("rows", 0, "latency_s"), "1", r"report.rows\[0\].latency_s must be int or float"),
+        (("block",), {"name": "h.1"}, "report.block must be an object of name, before and after"),
+        (("block",), {"name": "h.1", "before": {}, "after": {}}, "report.block is malformed"),
+        (("block",), {"name": "h.1", "before": {"boxes": [], "arrows": [[0, 1]]}, "after": {}}, "must lead to a later box"),
     ],
 )
 def test_ill_typed_fields_are_named(path: tuple[str | int, ...], value: object, message: str) -> None:
@@ -126,6 +155,13 @@ def test_places() -> None:
     assert Place.of("lm_head") == Place("", None, "lm_head")
     assert Place.of("0") == Place("", None, "0")
     assert Place.of("blocks.12") == Place("", None, "blocks.12")
+
+
+def test_the_typical_block_is_in_the_middle_of_the_longest_stack() -> None:
+    names = [f"encoder.h.{i}.fc" for i in range(3)] + [f"decoder.h.{i}.fc" for i in (0, 2, 4, 6, 8)] + ["head"]
+    assert typical_block(names) == "decoder.h.4"
+    assert typical_block(["0.fc"]) == "0"
+    assert typical_block(["head", "0"]) is None
 
 
 @given(st.lists(names, min_size=1, max_size=8, unique=True))

@@ -78,6 +78,8 @@ class Annotation:
     weight_bytes: expected, then actual stored bytes.
     kurtosis: excess kurtosis of the weight's rows before and after the rotation.
     remaining: the share that it did leave (QUANTIZED).
+    latency_ps: predicted time of its applications in one step (ALLOCATED), of what runs as one with others its share by weights.
+    kept_latency_ps: the same for the linear as the model has it, by itself. Both None if no time was predicted.
     """
 
     site: LinearSite | None = None
@@ -89,6 +91,8 @@ class Annotation:
     weight_bytes: int | None = None
     kurtosis: tuple[float, float] | None = None
     remaining: float | None = None
+    latency_ps: float | None = None
+    kept_latency_ps: float | None = None
 
     def but(self, **changes: Any) -> "Annotation":
         """A copy with some fields replaced."""

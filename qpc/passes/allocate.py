@@ -1,5 +1,6 @@
 """Allocate: which quantizer for which linear, and which of the legal groups become one kernel."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -74,15 +75,19 @@ class Allocate(Pass):
         if self.timing is not None:
             remarks += self._estimates(self.timing, places, weights, found)
         fused = {group: self._fuse(group, found, remarks) for group in dict.fromkeys(place.group for place in places)}
+        applied = Counter(place.site.name for place in places)
+        times = {} if self.timing is None else self._times(self.timing, places, weights, found)
         for place in places:
             quantizer, weight = found.choices[place.site.name], weights[place.site.weight]
-            cost = weight.cost(quantizer)
+            cost, as_given = weight.cost(quantizer), replace(weight, kept_bytes=stored_bytes(program.tensor(place.site.weight)))
             known = annotation(place.node).but(
                 group=fused[place.group][place.site.name],
                 quantizer=quantizer,
                 sensitivity=None if self.sensitivities is None else self.sensitivities.values[place.site.name],
                 distortion=cost.distortion,
                 weight_bytes=cost.weight_bytes,
+                latency_ps=times.get(place.site.name),
+                kept_latency_ps=None if self.timing is None else applied[place.site.name] * self.timing.latency([as_given], None).ps,
             )
             annotate(place.node, known)
         program.allocation = found
@@ -210,6 +215,18 @@ class Allocate(Pass):
         for member in group.members:
             alike[found.choices[member]] = (*alike.get(found.choices[member], ()), member)
         return list(alike.values())
+
+    def _times(self, timing: Timing, places: "Sequence[_Place]", weights: Mapping[str, Weight], found: Allocation) -> dict[str, float]:
+        """Time of each site [ps]: of an item that was taken, its share by weights. They add up to the time of the allocation."""
+        sites, applied = {place.site.name: place.site for place in places}, Counter(place.site.name for place in places)
+        times: dict[str, float] = {}
+        for names in found.groups:
+            stored = [weights[parameter] for parameter in dict.fromkeys(sites[name].weight for name in names)]
+            runs = sum(applied[name] for name in names) // len(stored)
+            work = {name: applied[name] * sites[name].shape.weights for name in names}
+            spent = runs * timing.latency(stored, found.choices[names[0]]).ps
+            times |= {name: spent * share / sum(work.values()) for name, share in work.items()}
+        return times
 
     def _estimates(self, timing: Timing, places: "Sequence[_Place]", weights: Mapping[str, Weight], found: Allocation) -> list[Remark]:
         """Which of the times were not measured."""

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from qpc.budget import Budget
 from qpc.cost import Weight
 from qpc.errors import BudgetError
-from qpc.ir.annotation import FusionGroup, LinearShape, annotate, annotation, site_of
+from qpc.ir.annotation import Annotation, FusionGroup, LinearShape, annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.latency import Latency, LatencyModel, Roofline
 from qpc.passes.allocate import TIMED_GAP, Allocate
@@ -189,6 +190,27 @@ def test_a_weight_that_is_applied_twice_takes_twice_the_time(name: str) -> None:
     assert isinstance(made.allocation, Allocation)
     (shape,) = {found.site.shape for found in sites.values() if found.site}
     assert made.allocation.cost.latency_ps == len(list(made.linears())) * ROOFLINE.latency(shape, ToyQuantizer(5), 1).ps
+
+
+@pytest.mark.parametrize("name", ["twice", "shared", "siblings", "mlp"])
+def test_times_of_linears_add_up(name: str) -> None:
+    made = grouped(PLAIN[name](), *plain_inputs())
+    sites = allocated(made, Allocate(None, PALETTE, may_keep=False, timing=Timing(ROOFLINE, batch=2)))
+    assert isinstance(made.allocation, Allocation)
+    assert sum(found.latency_ps or 0.0 for found in sites.values()) == pytest.approx(made.allocation.cost.latency_ps, rel=1e-12)
+    applied = Counter(site_of(node).name for node in made.linears())
+    for site, found in sites.items():
+        assert found.site is not None
+        alone = Timing(ROOFLINE, batch=2).latency([Weight(found.site.shape, kept_bytes=4 * found.site.shape.weights)], None).ps
+        assert found.kept_latency_ps == applied[site] * alone
+        assert found.group is not None and (len(found.group.members) > 1 or found.latency_ps == applied[site] * latency(found))
+    untimed = grouped(PLAIN[name](), *plain_inputs())
+    assert all(found.latency_ps is None for found in allocated(untimed, Allocate(None, PALETTE, may_keep=False)).values())
+
+
+def latency(found: Annotation) -> int:
+    assert found.site is not None and found.quantizer is not None
+    return ROOFLINE.latency(found.site.shape, found.quantizer, 2).ps
 
 
 def test_estimates_are_remarked_once_for_each_reason() -> None:

@@ -1,0 +1,6 @@
+drawHeatmaps();
+fitted("rate", drawRate);
+fitted("law", drawLaw);
+drawKinds();
+watchTable();
+watchTips();
