@@ -43,7 +43,8 @@ COPY = (
 REFILL = "bar.warp.sync 0xffffffff; fence.proxy.async.shared::cta; " + COPY
 """The same after all lanes of the warp have read what was there.
 
-Without the fence the copy can overtake loads that were issued before it, on a multiprocessor that is busy enough: they read other codes then.
+Without the fence the copy can overtake loads that were issued before it, on a multiprocessor that is busy enough: these read other codes
+then.
 """
 
 PREFETCH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
