@@ -279,7 +279,7 @@ class Prepared:
         for remark in program.remarks:
             if "held-out" in remark.reason:
                 print(remark, flush=True)
-        result = install(self.model, program)
+        result = install(program)
         result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
         return result, elapsed_s, program.allocation.cost.distortion
 
@@ -320,7 +320,7 @@ class SingleRate:
             Pipeline((quantize, Lower())).run(self.program)
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
-        result = install(self.model, self.program)
+        result = install(self.program)
         result.qpc_report = make_report(self.program, self.options)  # type: ignore[assignment]
         return result
 

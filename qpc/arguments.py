@@ -34,6 +34,9 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linear
 RotationBlock = Annotated[
     int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
 ]
+Folding = Annotated[
+    bool, typer.Option("--fold/--no-fold", help="Multiply gains and rotations into the weights around them, where no output changes.")
+]
 EmbeddingBits = Annotated[
     str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
 ]

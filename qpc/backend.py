@@ -70,7 +70,7 @@ class BackendOptions:
         known = [name for name in list_backends(None) if name != "qpalette"]
         if inner not in known:
             raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
-        return BackendOptions(Options.of(**given), inner)
+        return BackendOptions(Options.of(**given, fold=False), inner)
 
 
 def qpalette(

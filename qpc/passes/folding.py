@@ -1,0 +1,57 @@
+"""What folding does to one parameter, as a value: a gain of the inputs, a rotation of them, rotations of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpc.quant.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `first` to `last` of a matrix, or elements of a bias, to be rotated in blocks of the width of the rotation."""
+
+    first: int
+    last: int
+    rotation: Rotation
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The new value of a parameter, for given old ones.
+
+    gain: [in_features], what the inputs were multiplied by. inputs: of the input axis, in blocks of its width. rows: of the output axis.
+    transposed: a matrix is stored [in_features, out_features]. unit: whatever it was, it is this number now.
+    """
+
+    gain: Tensor | None = None
+    inputs: Rotation | None = None
+    rows: Rows | None = None
+    transposed: bool = False
+    unit: float | None = None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The new value, computed in the dtype of the old."""
+        if self.unit is not None:
+            return torch.full_like(value, self.unit)
+        matrix = value.t() if self.transposed else value
+        if self.gain is not None:
+            matrix = matrix * self.gain.to(matrix.dtype)
+        if self.inputs is not None:
+            matrix = _by_blocks(self.inputs, matrix)
+        if self.rows is not None:
+            first, last = self.rows.first, self.rows.last
+            turned = _by_blocks(self.rows.rotation, matrix[first:last].movedim(0, -1)).movedim(-1, 0)
+            matrix = torch.cat([matrix[:first], turned, matrix[last:]])
+        return matrix.t() if self.transposed else matrix
+
+    def stored(self, value: Tensor) -> Tensor:
+        """The new value in the dtype of the old, computed in float64, or in float32 for half types."""
+        wide = torch.float32 if value.dtype.itemsize < 4 else torch.float64
+        return self(value.to(wide)).to(value.dtype).contiguous()
+
+
+def _by_blocks(rotation: Rotation, value: Tensor) -> Tensor:
+    """Rotate each block of the last axis that is as wide as the rotation."""
+    return rotation.apply(value.reshape(*value.shape[:-1], -1, rotation.features)).reshape(value.shape)
