@@ -49,7 +49,7 @@ class Options:
     seed: int = 0
     same_quantizer_in_group: bool = False
     rotation_block: int | None = None
-    fold: bool = True
+    fold: bool = False
     embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
@@ -75,7 +75,7 @@ class Options:
         seed: int = 0,
         same_quantizer_in_group: bool = False,
         rotation_block: int | None = None,
-        fold: bool = True,
+        fold: bool = False,
         embeddings: Fraction | float | str | None = None,
         calibration: object = "self",
         tokenizer: Any | None = None,

@@ -102,7 +102,7 @@ def plan(
     seed: int = 0,
     same_quantizer_in_group: bool = False,
     rotation_block: int | None = None,
-    fold: bool = True,
+    fold: bool = False,
     embeddings: Fraction | float | str | None = None,
     calibration: object = "self",
     tokenizer: Any | None = None,

@@ -35,7 +35,7 @@ _COPIES = {
     aten.to.dtype_layout,
     aten.type_as.default,
 }
-_VIEWS = {aten._unsafe_view.default, aten.reshape.default, aten.view.default}
+_VIEWS = {aten._unsafe_view.default, aten.flatten.using_ints, aten.reshape.default, aten.unflatten.int, aten.view.default}
 _SQUARES = {aten.pow.Tensor_Scalar, aten.square.default}
 _MEANS = {aten.mean.dim, aten.sum.dim_IntList}
 _LOOKUP = aten.embedding.default

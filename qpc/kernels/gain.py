@@ -1,7 +1,5 @@
 """A norm whose gain is multiplied in another basis than that of its input: where the gain could not be folded into what reads it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -37,11 +35,6 @@ class TurnedGain(nn.Module):
         """[..., features] -> [..., features]."""
         value = self.norm(x)
         return turned_gain(value, self.gain + self.offset, self.signs, self.block).to(value.dtype)
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "TurnedGain":
-        """Move or convert, but leave the signs the bytes that they are."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.gain.numel()}, block={self.block}" + (f", offset={self.offset:g}" if self.offset else "")

@@ -71,6 +71,7 @@ def tie(modules: Sequence[PackedModule]) -> None:
     """Let modules of one weight share the tensors of the first of them, also when they are moved."""
     for module in modules:
         module.take(modules[0].packed)
+        module.signs = modules[0].signs
         module._tied = list(modules)
 
 

@@ -26,7 +26,7 @@ from qpc.ir.stage import Stage
 from qpc.kernels.gain import TurnedGain, turned_gain
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.borders import Borders, borders
-from qpc.passes.folding import Folded, Rows
+from qpc.passes.folding import Folded, Rows, gain_price
 from qpc.passes.lower import constant
 from qpc.quant.hadamard import block_within
 from qpc.quant.rotation import Rotation, seeded_generator
@@ -40,12 +40,16 @@ TOLERANCE = 1e-9
 
 @dataclass
 class _Plan:
-    """What is to be changed. changes: of parameters, by name. apart: gains that stay, with the rotation around them. readers: weights whose
-    inputs are rotated. reasons: why the inputs of a linear are not."""
+    """What is to be changed.
+
+    changes: of parameters, by name. apart: gains that stay, with the rotation around them. readers: weights whose inputs are rotated.
+    prices: of the gains in them. reasons: why the inputs of a linear are not rotated.
+    """
 
     changes: dict[str, Folded] = field(default_factory=dict)
     apart: list[tuple[Gain, Rotation]] = field(default_factory=list)
     readers: set[str] = field(default_factory=set)
+    prices: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +82,12 @@ class Fold(Pass):
                 if name == gain.parameter:
                     program.tensors[node] = f"{_owner(gain.parameter)}.gain"
             remarks.append(self.declined(gain.parameter, "a table shares the weight behind it: the gain stays, between two rotations"))
+        sites = {site_of(node).weight for node in program.linears()}
+        prices = torch.tensor([price for name, price in plan.prices.items() if name in sites], dtype=torch.float64)
+        if len(prices):
+            price = float(prices.log().mean().exp())
+            reason = f"gains are in {len(prices)} weights now, and ideal error feedback leaves {price:.2f} times as much error for it"
+            remarks.append(self.declined(type(program.module).__name__, f"{reason} at the same rate (geometric mean)"))
         program.rotated.update(plan.readers)
         return PassResult(tuple(plan.changes), tuple(remarks))
 
@@ -120,6 +130,9 @@ class Fold(Pass):
         for weight, reader in found.readers.items():
             before = reader.gain
             factor = None if before is None else program.tensor(before.parameter).detach().double() + before.offset
+            if factor is not None:
+                matrix = program.tensor(weight).detach()
+                plan.prices[weight] = gain_price(matrix.t() if reader.transposed else matrix, factor)
             _change(plan, weight, gain=factor, inputs=rotation, transposed=reader.transposed)
         for parameter, writer in found.writers.items():
             _change(plan, parameter, rows=Rows(writer.first, writer.last, rotation), transposed=writer.transposed)

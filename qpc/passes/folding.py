@@ -52,6 +52,22 @@ class Folded:
         return self(value.to(wide)).to(value.dtype).contiguous()
 
 
+def gain_price(weight: Tensor, gain: Tensor) -> float:
+    """How much more error ideal feedback leaves at the same rate once the gain is in the weight.
+
+    weight: [out_features, in_features]; gain: [in_features]. Errors of one size in all columns, shaped as well as can be, leave the mean
+    square of the weight times the geometric mean of the eigenvalues of the moment of the inputs (LDLQ: QuIP, arXiv 2307.13304, theorem
+    1). A gain moves from the inputs, where its geometric mean counts, to the weight, where the mean of its squares does. Columns
+    without a gain count on neither side.
+    """
+    columns, squares = weight.double().square().mean(0), gain.double().square()
+    live = (columns * squares) > 0
+    if not bool(live.any()):
+        return 1.0
+    columns, squares = columns[live], squares[live]
+    return float((columns * squares).mean() / columns.mean() / squares.log().mean().exp())
+
+
 def _by_blocks(rotation: Rotation, value: Tensor) -> Tensor:
     """Rotate each block of the last axis that is as wide as the rotation."""
     return rotation.apply(value.reshape(*value.shape[:-1], -1, rotation.features)).reshape(value.shape)
