@@ -20,6 +20,7 @@ import qpc
 from qpc.arguments import (
     AsJson,
     Batch,
+    BitsOrRange,
     CalibrationSource,
     CalibrationStart,
     CalibrationTokens,
@@ -34,6 +35,7 @@ from qpc.arguments import (
     Latency,
     Limited,
     ModelPath,
+    Picture,
     RotationBlock,
     Seed,
     SensitivityFile,
@@ -142,19 +144,14 @@ def compile_model(
 @app.command("plan")
 def plan_model(
     model: ModelPath,
-    bits: Annotated[
-        str | None, typer.Option(help="Average bits per weight of the linears: 3.25, or a range: 2.5..4.5.", show_default=False)
-    ] = None,
+    bits: BitsOrRange = None,
     total: Total = None,
     kl: Kl = None,
     latency: Latency = None,
     batch: Batch = None,
     gpu: GpuName = None,
     step: Annotated[str | None, typer.Option(help="Of a range.", show_default="0.25 bits, or an eighth of a range of times")] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw predicted KL against size, and time with --gpu: .png, .svg, .pdf.", show_default=False),
-    ] = None,
+    plot: Picture = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
     rotation_block: RotationBlock = None,

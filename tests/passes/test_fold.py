@@ -21,7 +21,7 @@ from qpc.kernels.linear import QuantizedLinear
 from qpc.passes.allocate import Allocate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fold import Fold
-from qpc.passes.folding import Folded, Rows
+from qpc.passes.folding import Folded, Rows, gain_price
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
@@ -49,6 +49,16 @@ REFUSED = {
 """Families whose stream stays, and a part of the reason."""
 
 
+def model_of(family: str) -> nn.Module:
+    """A model whose gains are not all one, as they are when it is made."""
+    model, generator = (FAMILIES | MORE)[family]().eval(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim == 1:
+                value += torch.randn(value.shape, generator=generator) / 4
+    return model
+
+
 def grouped(module: nn.Module, example: Tensor | None = None) -> Program:
     program = capture(module, example_inputs=None if example is None else (example,))
     Pipeline((Canonicalize(), Fusion())).run(program)
@@ -68,14 +78,15 @@ def rotations(program: Program) -> int:
 @pytest.mark.parametrize("family", WHOLE)
 def test_a_folded_model_gives_the_same_outputs(family: str) -> None:
     """In float64, on the device of the test: as a graph, and as the module that takes the original's place."""
-    model = (FAMILIES | MORE)[family]().double().eval()
+    model = model_of(family).double()
     program = grouped(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    Pipeline((Fold(),)).run(program)
+    (result,) = Pipeline((Fold(),)).run(program).values()
     expected = logits(model, tokens())
     for found in (program.run((tokens(),))[0], logits(program.module, tokens())):
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()  # norms and softmaxes are computed in float32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the original stays as it was"
+    assert any("as much error" in remark.reason for remark in result.remarks)
     rest = {site_of(node).weight for node in program.linears()} - program.rotated
     assert rest == {name for name in rest if name.endswith("down_proj.weight")}
     one, other = program.module.get_input_embeddings().weight, program.module.get_output_embeddings().weight
@@ -84,7 +95,7 @@ def test_a_folded_model_gives_the_same_outputs(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "llama_tied"])
 def test_one_transform_of_four_is_left_in_a_layer(family: str) -> None:
-    model = FAMILIES[family]()
+    model = model_of(family)
     layers = model.config.num_hidden_layers
     assert rotations(lowered(grouped(model))) == 4 * layers
     program = grouped(model)
@@ -100,7 +111,7 @@ def test_one_transform_of_four_is_left_in_a_layer(family: str) -> None:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_where_it_does_not_apply_a_remark_says_why(family: str) -> None:
-    program = grouped(FAMILIES[family]())
+    program = grouped(model_of(family))
     (result,) = Pipeline((Fold(),)).run(program).values()
     assert any(REFUSED[family] in remark.reason for remark in result.remarks)
     heads = {name for name in program.rotated if name.endswith("o_proj.weight")}
@@ -116,7 +127,7 @@ def test_heads_that_are_too_narrow_are_rotated_at_run_time() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma_tied"])
 def test_checkpoints_keep_what_was_folded(family: str, tmp_path: Path) -> None:
-    compiled = qpc.compile((FAMILIES | MORE)[family](), budget=4, effort="fast", calibration=None, sensitivity="random", fold=True)
+    compiled = qpc.compile(model_of(family), budget=4, effort="fast", calibration=None, sensitivity="random", fold=True)
     qpc.save(compiled, tmp_path / "out")
     loaded = qpc.load(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(compiled))
@@ -129,7 +140,7 @@ def test_checkpoints_keep_what_was_folded(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_packed_tables_that_are_folded_are_not_rotated_again(family: str) -> None:
-    model = FAMILIES[family]()
+    model = model_of(family)
     compiled = qpc.compile(model, budget=4, effort="fast", embeddings=6, calibration=None, sensitivity="random", fold=True)
     assert compiled.get_input_embeddings().block == compiled.get_output_embeddings().block == 0
     expected = logits(dequantized(compiled))
@@ -209,6 +220,23 @@ def test_a_fold_undoes_a_rotation_of_the_inputs_and_makes_one_of_the_outputs(
     found, expected = turned @ (folded if transposed else folded.t()), (gain * x) @ weight.t()
     expected[:, before : before + width] = outside.apply(expected[:, before : before + width])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_price_of_a_gain_is_that_of_ideal_feedback() -> None:
+    """Its definition: the mean square of the weight, times the geometric mean of the eigenvalues of the moment of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gain, inputs = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((40, 24), (24,), (99, 24)))
+    moment = inputs.T @ inputs
+
+    def left(weight: Tensor, moment: Tensor) -> Tensor:
+        return weight.square().mean() * (torch.logdet(moment) / 24).exp()
+
+    behind = gain[:, None] * moment * gain
+    assert gain_price(weight, gain) == pytest.approx(float(left(weight * gain, moment) / left(weight, behind)), rel=1e-9)
+    assert gain_price(weight, torch.full((24,), 0.5)) == pytest.approx(1)
+    assert gain_price(weight, torch.zeros(24)) == 1
+    balanced = torch.randn(40, 24, generator=generator, dtype=torch.float64).sign() / gain
+    assert gain_price(balanced, gain) <= 1, "the gain makes all columns alike"
 
 
 def test_a_turned_gain_is_that_of_the_values_before_the_rotation() -> None:
