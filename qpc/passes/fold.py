@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from statistics import geometric_mean
 from typing import ClassVar
 
 import torch
@@ -82,11 +83,9 @@ class Fold(Pass):
                 if name == gain.parameter:
                     program.tensors[node] = f"{_owner(gain.parameter)}.gain"
             remarks.append(self.declined(gain.parameter, "a table shares the weight behind it: the gain stays, between two rotations"))
-        sites = {site_of(node).weight for node in program.linears()}
-        prices = torch.tensor([price for name, price in plan.prices.items() if name in sites], dtype=torch.float64)
-        if len(prices):
-            price = float(prices.log().mean().exp())
-            reason = f"gains are in {len(prices)} weights now, and ideal error feedback leaves {price:.2f} times as much error for it"
+        if plan.prices:
+            price = geometric_mean(plan.prices.values())
+            reason = f"gains are in {len(plan.prices)} weights now, and ideal error feedback leaves {price:.2f} times as much error for it"
             remarks.append(self.declined(type(program.module).__name__, f"{reason} at the same rate (geometric mean)"))
         program.rotated.update(plan.readers)
         return PassResult(tuple(plan.changes), tuple(remarks))
@@ -125,12 +124,12 @@ class Fold(Pass):
         block = block_within(region.width, self.rotation_block)
         if block < min(whole, LEAST_BLOCK):
             return f"a rotation within {region.width} would mix only {block} inputs"
-        name = min(found.readers)
+        name, sites = min(found.readers), {site_of(node).weight for node in program.linears()}
         rotation = Rotation.random(region.width, seeded_generator(self.seed, f"fold {name}"), block).to(program.device)
         for weight, reader in found.readers.items():
             before = reader.gain
             factor = None if before is None else program.tensor(before.parameter).detach().double() + before.offset
-            if factor is not None:
+            if factor is not None and weight in sites:
                 matrix = program.tensor(weight).detach()
                 plan.prices[weight] = gain_price(matrix.t() if reader.transposed else matrix, factor)
             _change(plan, weight, gain=factor, inputs=rotation, transposed=reader.transposed)

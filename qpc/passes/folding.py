@@ -7,6 +7,9 @@ from torch import Tensor
 
 from qpc.quant.rotation import Rotation
 
+BLOCKS_AT_ONCE = 4096
+"""Blocks that are rotated at a time, which bounds the memory of the temporaries."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,7 +63,8 @@ def gain_price(weight: Tensor, gain: Tensor) -> float:
     1). A gain moves from the inputs, where its geometric mean counts, to the weight, where the mean of its squares does. Columns
     without a gain count on neither side.
     """
-    columns, squares = weight.double().square().mean(0), gain.double().square()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    columns, squares = torch.linalg.vector_norm(weight, dim=0, dtype=wide).double().square(), gain.double().square()
     live = (columns * squares) > 0
     if not bool(live.any()):
         return 1.0
@@ -69,5 +73,9 @@ def gain_price(weight: Tensor, gain: Tensor) -> float:
 
 
 def _by_blocks(rotation: Rotation, value: Tensor) -> Tensor:
-    """Rotate each block of the last axis that is as wide as the rotation."""
-    return rotation.apply(value.reshape(*value.shape[:-1], -1, rotation.features)).reshape(value.shape)
+    """Rotate each block of the last axis that is as wide as the rotation; of a large table not all rows at once."""
+    blocks = value.reshape(-1, rotation.features)
+    turned = torch.empty_like(blocks)
+    for source, target in zip(torch.split(blocks, BLOCKS_AT_ONCE), torch.split(turned, BLOCKS_AT_ONCE), strict=True):
+        target.copy_(rotation.apply(source))
+    return turned.reshape(value.shape)
