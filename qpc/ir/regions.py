@@ -323,15 +323,17 @@ def _is_undropped(node: fx.Node) -> bool:
 
 
 def _last(node: Any) -> int | None:
-    """The size of the last axis, if it is known and fixed."""
+    """The size of the last axis of a floating-point tensor, if it is known and fixed."""
     value = fake_value(node) if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or not value.ndim or not isinstance(value.shape[-1], int):
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim or not isinstance(value.shape[-1], int):
         return None
     return value.shape[-1]
 
 
 def _described(node: fx.Node) -> str:
     """What a node does, and where."""
+    if node.op == "output":
+        return "what the graph returns"
     what = str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
     where = place(node)
     return f"{what} in {where}" if where else what

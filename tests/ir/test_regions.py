@@ -90,6 +90,17 @@ class InPlace(Block):
         return y
 
 
+class Rounded(Block):
+    def between(self, x: Tensor) -> Tensor:
+        return x.to(torch.int32).to(x.dtype)
+
+
+class Whole(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        start = self.first(torch.tanh(x))
+        return start, self.last(start)
+
+
 class Returned(Block):
     def forward(self, x: Tensor) -> Tensor:
         start = self.first(torch.tanh(x))
@@ -135,7 +146,9 @@ def test_a_stream_is_closed(module: type[Block]) -> None:
         (Halved, "not made of blocks of 32"),
         (Normalized, "aten.layer_norm.default"),
         (InPlace, "in place|does not commute"),
+        (Rounded, "not made of blocks"),
         (Returned, "aten.cat.default"),
+        (Whole, "what the graph returns"),
     ],
 )
 def test_what_does_not_commute_is_named(module: type[Block], reason: str) -> None:
