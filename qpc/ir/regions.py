@@ -334,6 +334,8 @@ def _described(node: fx.Node) -> str:
     """What a node does, and where."""
     if node.op == "output":
         return "what the graph returns"
-    what = str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+    what = f"{node.op} {node.target}"
+    if node.op == "call_function":
+        what = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", "a function")
     where = place(node)
     return f"{what} in {where}" if where else what
