@@ -58,10 +58,10 @@ class Folded:
 def gain_price(weight: Tensor, gain: Tensor) -> float:
     """How much more error ideal feedback leaves at the same rate once the gain is in the weight.
 
-    weight: [out_features, in_features]; gain: [in_features]. Errors of one size in all columns, shaped as well as can be, leave the mean
-    square of the weight times the geometric mean of the eigenvalues of the moment of the inputs (LDLQ: QuIP, arXiv 2307.13304, theorem
-    1). A gain moves from the inputs, where its geometric mean counts, to the weight, where the mean of its squares does. Columns
-    without a gain count on neither side.
+    weight: [out_features, in_features]; gain: [in_features]. Feedback leaves the square of the rounding error, which is in proportion to
+    the mean square of the weight, times the trace of D, the moment of the inputs being L D L^T (QuIP, arXiv 2307.13304, theorem 1). The
+    mean of D is at least the geometric mean of the eigenvalues of the moment. A gain moves from the inputs, where its geometric mean
+    counts, to the weight, where the mean of its squares does. Columns without a gain count on neither side.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     columns, squares = torch.linalg.vector_norm(weight, dim=0, dtype=wide).double().square(), gain.double().square()

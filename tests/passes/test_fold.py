@@ -1,5 +1,6 @@
 """Fold: no output changes, what is rotated at run time gets less, and where it does not apply a remark says why."""
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import qpc
 from qpc.capture import capture
 from qpc.compiler import install
+from qpc.errors import CheckpointError
 from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
 from qpc.kernels.gain import TurnedGain, turned_gain
@@ -134,8 +136,23 @@ def test_checkpoints_keep_what_was_folded(family: str, tmp_path: Path) -> None:
     assert [type(module) for module in loaded.modules()] == [type(module) for module in compiled.modules()]
     turned = [module for module in loaded.modules() if isinstance(module, TurnedGain)]
     assert len(turned) == ("tied" in family)
+    whole = torch.compile(loaded, backend="eager", fullgraph=True)
+    assert torch.equal(logits(whole), logits(compiled))
+    ids = loaded.generate(tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(ids, compiled.generate(tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False))
     half = loaded.bfloat16()
     assert logits(half).dtype == torch.bfloat16 and all(module.signs.dtype == torch.uint8 for module in turned)
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", None), ("block", 0), ("block", 7)])
+def test_a_damaged_gain_is_named(key: str, value: object, tmp_path: Path) -> None:
+    compiled = qpc.compile(model_of("llama_tied"), budget=4, effort="fast", calibration=None, sensitivity="random", fold=True)
+    qpc.save(compiled, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "qpc.json").read_text())
+    manifest["gains"]["model.norm"][key] = value
+    (tmp_path / "out" / "qpc.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"model\.norm"):
+        qpc.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
