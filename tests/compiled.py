@@ -17,10 +17,10 @@ TOKENS = torch.arange(40).reshape(2, 20) % 60
 
 
 @cache
-def compiled_pair(family: str, device: str = "cpu", fold: bool = True) -> tuple[nn.Module, nn.Module]:
+def compiled_pair(family: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
     """A tiny model of the family and what `qpc.compile` makes of it, untuned on every device. Nobody may change either."""
     original = FAMILIES[family]().eval().to(device)
-    return original, qpc.compile(original, budget=BUDGET, effort="fast", tune="off", fold=fold)
+    return original, qpc.compile(original, budget=BUDGET, effort="fast", tune="off")
 
 
 class Rows(nn.Module):
