@@ -39,6 +39,7 @@ from qpc.options import Options
 from qpc.passes.allocate import Allocate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.feedbacks import Known
+from qpc.passes.fold import Fold
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.pipeline import Pipeline
@@ -72,6 +73,7 @@ def main(arguments: list[str]) -> None:
         row |= {
             "sensitivity": job.sensitivity and Path(job.sensitivity).name,
             "tune": job.tune,
+            "fold": job.fold == "on",
             "seed": job.seed,
             "budget": job.bits,
             "bits": report.bits_per_weight,
@@ -106,6 +108,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
     )
     parser.add_argument("--tune", nargs="+", default=["off"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
+    parser.add_argument("--fold", nargs="+", default=["off"], choices=["off", "on"], help="whether gains and rotations are folded")
     parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
     parser.add_argument("--at-once", type=int, default=1, help="models of a single rate that are quantized at the same time")
@@ -119,6 +122,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     what = f"{row['method']} {row['budget']:>5} bits ({row['bits']:.3f}) {row['calibration']:>12} {row['positions']:>7} seed {row['seed']}"
+    what += " folded" if row["fold"] else ""
     if row["sensitivity"] is not None:
         what += f" {row['sensitivity']:>8}, shares {row['shares']}, tune {row['tune']}"
     own = "" if row["kl_own_text"] is None else f" on its own text {row['kl_own_text']:.4f}"
@@ -141,8 +145,9 @@ OWN_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Job:
-    """What is compiled. positions, shares, tune: as the options of these names; sensitivity: None for a single rate."""
+    """What is compiled. fold, positions, shares, tune: as the options of these names; sensitivity: None for a single rate."""
 
+    fold: str
     seed: int
     calibration: str
     positions: str
@@ -163,14 +168,14 @@ class Job:
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     """In order; without calibration the seed hardly matters for a single rate, so only the first is used."""
-    for seed, calibration, positions in product(options.seeds, options.calibrations, options.positions):
+    for fold, seed, calibration, positions in product(options.fold, options.seeds, options.calibrations, options.positions):
         if calibration == "none" and (positions != options.positions[0] or (options.single and seed != options.seeds[0])):
             continue
         for sensitivity, shares in product([None] if options.single else options.sensitivities, options.shares):
             if shares != options.shares[0] and (options.single or calibration == "none"):
                 continue
             for bits, tune in product(options.bits, ["off"] if options.single else options.tune):
-                yield Job(seed, calibration, positions, sensitivity, shares, bits, tune)
+                yield Job(fold, seed, calibration, positions, sensitivity, shares, bits, tune)
 
 
 def _compiled(
@@ -185,13 +190,14 @@ def _compiled(
 
     effort, jobs = Effort.parse(options.effort), list(_jobs(options))
     if not options.single:
-        for _, alike in groupby(jobs, lambda job: (job.seed, job.calibration, job.positions)):
+        for _, alike in groupby(jobs, lambda job: (job.fold, job.seed, job.calibration, job.positions)):
             prepared: Prepared | None = None
             for job in alike:
                 source = Options(
                     qpc.Budget.of(job.bits),
                     effort,
                     seed=job.seed,
+                    fold=job.fold == "on",
                     calibration=data(job),
                     weigh_positions=job.positions == "weighed",
                     sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
@@ -204,7 +210,7 @@ def _compiled(
     torch.linalg.cholesky(torch.eye(2, device=next(original.parameters()).device))  # its first call may not be made by two threads
     for start in range(0, len(jobs), options.at_once):
         batch = jobs[start : start + options.at_once]
-        plans = [SingleRate.of(original, Fraction(job.bits), effort, job.seed, data(job), job.positions == "weighed") for job in batch]
+        plans = [SingleRate.of(original, job, effort, data(job)) for job in batch]
         start_s = time.monotonic()
         with ThreadPoolExecutor(options.at_once) as pool:
             models = list(pool.map(lambda plan: plan.quantized(not options.parallel), plans))
@@ -231,6 +237,8 @@ class Prepared:
     def of(model: nn.Module, options: Options) -> "Prepared":
         """As `qpc.compile` does it, but that the graph is captured once."""
         program, start_s = _fresh(_grouped(model)), time.monotonic()
+        if options.fold:
+            Pipeline((Fold(options.seed, options.rotation_block),)).run(program)
         found = prepare(program, options, None)
         sensitivities = found.sensitivities
         for remark in program.remarks:
@@ -279,7 +287,7 @@ class Prepared:
         for remark in program.remarks:
             if "held-out" in remark.reason:
                 print(remark, flush=True)
-        result = install(self.model, program)
+        result = install(program)
         result.qpc_report = make_report(program, self.options)  # type: ignore[assignment]
         return result, elapsed_s, program.allocation.cost.distortion
 
@@ -294,16 +302,16 @@ class SingleRate:
     options: Options
 
     @staticmethod
-    def of(
-        model: nn.Module, rate: Fraction, effort: Effort, seed: int, calibration: Calibration | None, weigh_positions: bool
-    ) -> "SingleRate":
+    def of(model: nn.Module, job: Job, effort: Effort, calibration: Calibration | None) -> "SingleRate":
         """Everything up to the allocation, and the samples; mixtures and their tables are made on the way."""
-        program = _fresh(_grouped(model))
+        program, rate, seed = _fresh(_grouped(model)), Fraction(job.bits), job.seed
         quantizer = trellis_at(rate, effort)
+        if job.fold == "on":
+            Pipeline((Fold(seed),)).run(program)
         Pipeline((Allocate.uniform(quantizer),)).run(program)
         samples, remarks = collect(calibration, program, seed)
         program.remarks += remarks
-        if samples is not None and weigh_positions:
+        if samples is not None and job.positions == "weighed":
             samples, remarks = weighed(Gradients(program, samples, seed))
             program.remarks += remarks
         for part, _ in quantizer.parts(1 << 16):
@@ -311,7 +319,8 @@ class SingleRate:
             neighbours(part.step_bits, part.window_bits, next(model.parameters()).device)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return SingleRate(model, program, samples, Options(qpc.Budget.of(rate), effort, seed=seed, calibration=calibration))
+        found = Options(qpc.Budget.of(rate), effort, seed=seed, fold=job.fold == "on", calibration=calibration)
+        return SingleRate(model, program, samples, found)
 
     def quantized(self, sequential: bool) -> nn.Module:
         """The compiled copy; on a GPU on a stream of its own, so that small layers of several models share it."""
@@ -320,7 +329,7 @@ class SingleRate:
             Pipeline((quantize, Lower())).run(self.program)
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
-        result = install(self.model, self.program)
+        result = install(self.program)
         result.qpc_report = make_report(self.program, self.options)  # type: ignore[assignment]
         return result
 
@@ -337,5 +346,6 @@ def _fresh(program: Program) -> Program:
     """A program of its own at the same stage."""
     graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
     books = {"excluded": dict(program.excluded), "remarks": list(program.remarks), "history": list(program.history)}
+    books |= {"tensors": dict(program.tensors), "rotated": set(program.rotated)}
     books |= {"packed": dict(program.packed), "tuned": dict(program.tuned), "decisions": dict(program.decisions)}
     return replace(program, graph_module=graph_module, **books)

@@ -34,6 +34,16 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linear
 RotationBlock = Annotated[
     int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
 ]
+BitsOrRange = Annotated[
+    str | None, typer.Option(help="Average bits per weight of the linears: 3.25, or a range: 2.5..4.5.", show_default=False)
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw predicted KL against size, and time with --gpu: .png, .svg, .pdf.", show_default=False),
+]
+Folding = Annotated[
+    bool, typer.Option("--fold/--no-fold", help="Multiply gains and rotations into the weights around them, where no output changes.")
+]
 EmbeddingBits = Annotated[
     str | None, typer.Option(metavar="BITS", help="Bits per weight of embeddings and output head.", show_default="as they are")
 ]

@@ -70,7 +70,7 @@ class BackendOptions:
         known = [name for name in list_backends(None) if name != "qpalette"]
         if inner not in known:
             raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
-        return BackendOptions(Options.of(**given), inner)
+        return BackendOptions(Options.of(**given, fold=False), inner)
 
 
 def qpalette(
@@ -81,6 +81,9 @@ def qpalette(
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
         `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
     mode: passed to Inductor.
+
+    Nothing is folded here: what a graph gets from outside (hidden states, caches) is not known to be rotated. A model that `qpc.compile`
+    folded can be compiled by any backend.
     """
     parsed = BackendOptions.parse(options)
     owner = _frame_module()

@@ -1,6 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON that any machine can read.
 
-    qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding, tied names, the report
+    qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding and per gain that folding left
+                        between two rotations, tied names, the report
     model.safetensors   every tensor: those of quantized modules under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
                         all others under the names that the model gives them
     config.json, generation_config.json, tokenizer files: as the original has them
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from qpc.compiler import report_of
 from qpc.errors import CheckpointError
 from qpc.kernels.embedding import QuantizedEmbedding
+from qpc.kernels.gain import TurnedGain
 from qpc.kernels.linear import QuantizedLinear, stack_rows
 from qpc.kernels.packed_module import PackedModule, tie, tied_groups
 from qpc.quant import palette
 from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import Quantizer
+from qpc.quant.rotation import Rotation
 from qpc.report import Report
 
 FORMAT = "qpc"
@@ -49,6 +52,7 @@ def write(model: nn.Module, directory: Path) -> None:
     """Write manifest and tensors of a compiled model into an existing directory."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     tables = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedEmbedding)}
+    gains = {name: module for name, module in model.named_modules() if isinstance(module, TurnedGain)}
     entries: dict[str, Any] = {}
     for name, linear in linears.items():
         entries[name] = {
@@ -64,6 +68,7 @@ def write(model: nn.Module, directory: Path) -> None:
         "format_version": FORMAT_VERSION,
         "linears": entries,
         "embeddings": {name: _embedding_entry(module) for name, module in tables.items()},
+        "gains": {name: {"block": module.block, "offset": module.offset} for name, module in gains.items()},
         "aliases": aliases,
         "report": report_of(model).to_json(),
     }
@@ -128,7 +133,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version!r}, this qpc reads {FORMAT_VERSION}; use the version that wrote it")
-    for key in ("linears", "embeddings", "aliases", "report"):
+    manifest.setdefault("gains", {})  # a checkpoint from before folding has none
+    for key in ("linears", "embeddings", "gains", "aliases", "report"):
         if not isinstance(manifest.get(key), dict):
             raise CheckpointError(f"{path} has no valid {key!r} section; the checkpoint is damaged")
     return manifest
@@ -169,6 +175,8 @@ def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch
         _place(model, name, entry)
     for name, entry in manifest["embeddings"].items():
         _place_embedding(model, name, entry)
+    for name, entry in manifest["gains"].items():
+        _place_gain(model, name, entry)
     tensors = _read_tensors(Path(directory) / TENSORS, device)
     aliases: dict[str, str] = manifest["aliases"]
     for alias, name in aliases.items():
@@ -273,6 +281,23 @@ def _place_embedding(model: nn.Module, name: str, entry: object) -> None:
     if dtype is None or not isinstance(scale, float):
         raise CheckpointError(f"{name} has the dtype {entry.get('dtype')!r} and the scale {scale!r}; the checkpoint is damaged")
     model.set_submodule(name, QuantizedEmbedding(rows, features, palette.from_json(entry.get("quantizer")), block, dtype, scale))
+
+
+def _place_gain(model: nn.Module, name: str, entry: object) -> None:
+    try:
+        norm = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"the checkpoint turns {name}, which this model does not have; load it into the model it was made from"
+        ) from None
+    weight = getattr(norm, "weight", None)
+    if not isinstance(entry, dict) or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+        raise CheckpointError(f"the entry of {name} does not fit a norm with a weight; the checkpoint is damaged")
+    block, offset = _count(name, entry, "block"), entry.get("offset")
+    if not block or weight.numel() % block or not isinstance(offset, float):
+        raise CheckpointError(f"{name} has {weight.numel()} features, blocks of {block}, the offset {offset!r}; the checkpoint is damaged")
+    signs = torch.empty(Rotation.bytes_for(weight.numel()), dtype=torch.uint8, device="meta")
+    model.set_submodule(name, TurnedGain(norm, nn.Parameter(torch.empty_like(weight, device="meta")), offset, signs, block))
 
 
 def _count(name: str, entry: dict[str, object], key: str) -> int:

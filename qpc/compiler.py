@@ -28,6 +28,7 @@ from qpc.passes.calibrate import Calibrate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.embeddings import Embeddings
 from qpc.passes.feedbacks import Known
+from qpc.passes.fold import Fold
 from qpc.passes.fusion import Fusion
 from qpc.passes.lower import Lower
 from qpc.passes.lower_embeddings import LowerEmbeddings
@@ -55,6 +56,7 @@ def compile(
     seed: int = 0,
     same_quantizer_in_group: bool = False,
     rotation_block: int | None = None,
+    fold: bool = False,
     embeddings: Fraction | float | str | None = None,
     calibration: object = "self",
     tokenizer: Any | None = None,
@@ -73,6 +75,8 @@ def compile(
     budget: average bits per weight of the quantized linears (`3.25`), bytes of the whole model (`"80MB"`), the predicted
         KL that the smallest model may have (`"0.1nats"`), the time of all these linears in a step of a batch (`"3ms@8"`, or
         `"2000tok/s@8"`; the rest of the model is not in it), several (`"4bit, 0.1nats"`), or a `Budget`.
+    fold: multiply gains of norms and rotations into the weights around them, where no output changes by it; what layers pass on to each
+        other is then rotated.
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
@@ -95,6 +99,7 @@ def compile(
         seed=seed,
         same_quantizer_in_group=same_quantizer_in_group,
         rotation_block=rotation_block,
+        fold=fold,
         embeddings=embeddings,
         calibration=calibration,
         tokenizer=tokenizer,
@@ -109,7 +114,7 @@ def compile(
     Pipeline(lowering(program)).run(program)
     after = None if name is None else outline(program, name)
     block = None if name is None or before is None or after is None else Block(name, before, after)
-    result = install(model, program)
+    result = install(program)
     result.qpc_report = replace(make_report(program, options), block=block)  # type: ignore[assignment]
     return result
 
@@ -154,7 +159,8 @@ def group(program: Program, options: Options) -> None:
     if options.embeddings is not None:
         apart = {name: APART for name, reason in program.excluded.items() if reason in (OUTPUT_HEAD, EMBEDDING)}
         program.excluded.update(apart)
-    Pipeline((Canonicalize(), Fusion())).run(program)
+    folding = (Fold(options.seed, options.rotation_block),) if options.fold else ()
+    Pipeline((Canonicalize(), Fusion(), *folding)).run(program)
     if not any(True for _ in program.linears()):
         kept = "; ".join(f"{name}: {reason}" for name, reason in sorted(program.excluded.items())[:3])
         raise ModelError("the model has no linear layers that could be quantized" + (f" (left out: {kept})" if kept else ""))
@@ -240,8 +246,9 @@ def is_plain_linear(module: nn.Module) -> bool:
     return forward is nn.Linear.forward or (forward.__module__ == "transformers.pytorch_utils" and forward.__qualname__ == "Conv1D.forward")
 
 
-def install(model: nn.Module, program: Program) -> nn.Module:
-    """A copy of the module tree with quantized linears, tables and tuned parameters; every other tensor is shared with `model`."""
+def install(program: Program) -> nn.Module:
+    """A copy of the program's module tree with quantized linears, tables and tuned parameters; every other tensor is shared with it."""
+    model = program.module
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, value in program.tuned.items():
         live = program.tensor(name)

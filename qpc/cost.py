@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qpc.errors import QuantizerError
 from qpc.ir.annotation import LinearShape
 from qpc.quant.quantizer import Quantizer
+from qpc.quant.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Weight:
     """A weight to store.
 
     sensitivity: loss per unit of the distortion of its quantizer. kept_bytes: its size as it is, or None if it may not stay so.
+    rotated: its inputs are rotated already, so that it needs no signs.
     """
 
     shape: LinearShape
     sensitivity: float = 1.0
     kept_bytes: int | None = None
+    rotated: bool = False
 
     def cost(self, quantizer: Quantizer | None) -> Cost:
         """Bytes and distortion of one way to store it; quantizer None leaves it as it is.
@@ -53,7 +56,8 @@ class Weight:
             return Cost(self.kept_bytes, 0.0)
         parts = quantizer.parts(self.shape.in_features)
         distortion = sum(part.distortion * columns for part, columns in parts) / sum(columns for _, columns in parts)
-        return Cost(quantizer.weight_bytes(self.shape.out_features, self.shape.in_features), distortion)
+        stored = quantizer.weight_bytes(self.shape.out_features, self.shape.in_features)
+        return Cost(stored - (Rotation.bytes_for(self.shape.in_features) if self.rotated else 0), distortion)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Options:
     same_quantizer_in_group: linears that read the same value get the same quantizer, as serving engines need it.
     rotation_block: most inputs that a rotation mixes; for tensor parallelism the width of the narrowest shard, or a power of two that
         divides it. None is no limit.
+    fold: multiply gains and rotations into the weights around them where that changes no output, so that fewer activations are rotated at
+        run time. Values between layers are then rotated ones.
     embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
     weigh_positions: in these moments, by what gradients say of their importance.
@@ -47,6 +49,7 @@ class Options:
     seed: int = 0
     same_quantizer_in_group: bool = False
     rotation_block: int | None = None
+    fold: bool = False
     embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
@@ -72,6 +75,7 @@ class Options:
         seed: int = 0,
         same_quantizer_in_group: bool = False,
         rotation_block: int | None = None,
+        fold: bool = False,
         embeddings: Fraction | float | str | None = None,
         calibration: object = "self",
         tokenizer: Any | None = None,
@@ -89,6 +93,7 @@ class Options:
             seed=seed,
             same_quantizer_in_group=same_quantizer_in_group,
             rotation_block=rotation_block,
+            fold=fold,
             embeddings=parse_rate(embeddings),
             calibration=parse_calibration(calibration, tokenizer=tokenizer),
             sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),

@@ -1,11 +1,14 @@
 """Language models compiled once for all test files of a process."""
 
+import copy
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 import qpc
+from qpc.kernels.embedding import QuantizedEmbedding
+from qpc.kernels.linear import QuantizedLinear
 from tests.families import FAMILIES
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -18,6 +21,30 @@ def compiled_pair(family: str, device: str = "cpu") -> tuple[nn.Module, nn.Modul
     """A tiny model of the family and what `qpc.compile` makes of it, untuned on every device. Nobody may change either."""
     original = FAMILIES[family]().eval().to(device)
     return original, qpc.compile(original, budget=BUDGET, effort="fast", tune="off")
+
+
+class Rows(nn.Module):
+    """The rows of a restored table, times a scale."""
+
+    def __init__(self, table: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.table, self.scale = table.to(scale.dtype), scale
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.table[indices] * self.scale
+
+
+def dequantized(compiled: nn.Module) -> nn.Module:
+    """The oracle: restored weights in plain linears and tables in the place of the packed ones, everything else as it is."""
+    twin = copy.deepcopy(compiled)
+    for name, module in compiled.named_modules():
+        if isinstance(module, QuantizedLinear):
+            plain = nn.Linear(module.in_features, module.out_features, device="meta")
+            plain.weight, plain.bias = nn.Parameter(module.packed.restored()), module.bias
+            twin.set_submodule(name, plain)
+        elif isinstance(module, QuantizedEmbedding):
+            twin.set_submodule(name, Rows(module.packed.restored(), module.scale))
+    return twin
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:

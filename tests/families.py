@@ -180,6 +180,7 @@ def copied(program: Program) -> Program:
         excluded=dict(program.excluded),
         tuned=dict(program.tuned),
         remarks=list(program.remarks),
+        rotated=set(program.rotated),
         packed=dict(program.packed),
         tables=dict(program.tables),
         decisions=dict(program.decisions),

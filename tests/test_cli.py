@@ -147,6 +147,16 @@ def test_embeddings_and_blocks_are_options(run: Run, tiny_directory: Path, tmp_p
     refused(run("compile", tiny_directory, "-o", tmp_path / "no", "--bits", "4", "--embeddings", "5.9"), "59/10", "palette")
 
 
+def test_folding_is_an_option(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
+    options = ("--bits", "4", "--effort", "fast", "--calibration", "none", "--sensitivity", "random")
+    for fold, blocks in (("--no-fold", {64, 128}), ("--fold", {0, 64, 128})):  # its heads are too narrow to be folded
+        outcome = run("compile", tiny_directory, "-o", tmp_path / fold, *options, fold, "--json")
+        assert outcome.code == 0, outcome.err
+        manifest = json.loads((tmp_path / fold / "qpc.json").read_text())
+        assert {entry["block"] for entry in manifest["linears"].values()} == blocks
+        assert any(remark.startswith("fold") for remark in json.loads(outcome.out)["remarks"]) == (fold == "--fold")
+
+
 def test_calibration_is_as_asked(run: Run, tiny_directory: Path, tmp_path: Path, text: Path) -> None:
     for options, expected in (
         (("--calibration", "none"), None),

@@ -25,6 +25,7 @@ def test_what_is_left_out_is_matched_by_what_is_kept(costs: list[Cost]) -> None:
 @given(st.integers(1, 100), st.integers(1, 100), st.integers(1, 8))
 def test_cost_counts_what_is_stored(rows: int, columns: int, bits: int) -> None:
     cost = Weight(LinearShape(rows, columns)).cost(ToyQuantizer(bits))
+    assert Weight(LinearShape(rows, columns), rotated=True).cost(ToyQuantizer(bits)).weight_bytes == cost.weight_bytes - -(-columns // 8)
     assert 8 * cost.weight_bytes >= bits * rows * columns
     assert cost.distortion == 2.0 ** (-2 * bits)
 

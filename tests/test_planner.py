@@ -87,6 +87,12 @@ def test_a_compile_allocates_what_was_planned(model: nn.Module, felt: Sensitivit
     assert planned.report.calibration is None and planned.report.solver_gap == made.solver_gap
 
 
+def test_a_folded_model_is_planned_to_the_byte(model: nn.Module, felt: Sensitivities) -> None:
+    (point,) = qpc.plan(model, [4], effort="fast", calibration=None, sensitivities=felt, fold=True).points
+    made = qpc.report_of(qpc.compile(model, 4, effort="fast", calibration=None, sensitivities=felt, fold=True))
+    assert (point.model_bytes, point.weight_bytes) == (made.model_bytes, made.linear_bytes)
+
+
 def test_a_plan_knows_what_feedback_will_leave(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPC_CACHE", str(tmp_path))
     options: dict[str, Any] = {"effort": "fast", "calibration": SelfSampled(tokens=2048, length=32)}

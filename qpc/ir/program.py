@@ -33,8 +33,10 @@ class Program:
     tensors: qualified name of the parameter or buffer that each such placeholder stands for, by placeholder name. Tied parameters
         share one placeholder, under the first of their names.
     inputs: names of the placeholders that are inputs of the model, in order.
-    module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED.
+    module: the module whose parameters the names in `tensors` refer to; never modified before LOWERED, but folding puts a copy with other
+        parameters in its place.
     excluded: names of linear modules that stay as they are, with the reason.
+    rotated: names of the weights whose inputs are rotated already, so that they are packed as they are (from GROUPED on).
     packed: packed weight of each quantized site by site name (from QUANTIZED on).
     tables: packed embeddings and output heads by name of their parameter (from GROUPED on, where they are asked for).
     tuned: new values of parameters that are not packed, by qualified name (from QUANTIZED on); the module keeps the old ones.
@@ -51,6 +53,7 @@ class Program:
     stage: Stage = Stage.CAPTURED
     excluded: dict[str, str] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
+    rotated: set[str] = field(default_factory=set)
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     tuned: dict[str, Tensor] = field(default_factory=dict)

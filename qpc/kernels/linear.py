@@ -42,7 +42,7 @@ def multiplies_operands(step_bits: list[int], window_bits: list[int], dtype: tor
 class QuantizedLinear(PackedModule):
     """`y = x W^T + b` with a packed W; takes the place of `nn.Linear` and of GPT-2's `Conv1D`. `bias` is a parameter, as it was.
 
-    A rotated trellis weight reads the operand of the integer multiplication where that runs (`qpc.kernels.fused`), if there are few rows.
+    A trellis weight reads the operand of the integer multiplication where that runs (`qpc.kernels.fused`), if there are few rows.
     While a graph is traced, a symbolic number of rows is left as it is; `qpc::trellis_linear` packs its operand by itself if they are few
     when it runs.
     """
@@ -62,7 +62,7 @@ class QuantizedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
         if self._takes_operand(x):
-            operand = torch.ops.qpc.rotate_operand(x, self.signs, self.block)
+            operand = torch.ops.qpc.rotate_operand(x, self.signs, self.block) if self.block else torch.ops.qpc.pack_operand(x)
             weight = (list(self.codes), self.scales, self.bias, *self._code, self.out_features)
             rows: Tensor = torch.ops.qpc.operand_linear(*operand, *weight, x.dtype)
             return rows.reshape(*x.shape[:-1], self.out_features)
@@ -72,7 +72,7 @@ class QuantizedLinear(PackedModule):
         return result
 
     def _takes_operand(self, x: Tensor) -> bool:
-        if not self.block or self._operator is not torch.ops.qpc.trellis_linear.default:
+        if self._operator is not torch.ops.qpc.trellis_linear.default:
             return False
         few = statically_known_true(math.prod(x.shape[:-1]) <= MAX_BATCH)
         return few and multiplies_operands(*self._code, x.dtype, x.device)

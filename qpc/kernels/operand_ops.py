@@ -41,6 +41,23 @@ def _(x: Tensor, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return empty_operand(_check_activation(x, signs, block), x.shape[-1], x.device)
 
 
+@torch.library.custom_op("qpc::pack_operand", mutates_args=())
+def pack_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The operand of an activation as it is: of one that is rotated already. As `rotate_operand`, by the scale of each row's peak."""
+    batch = _check_rows(x)
+    if batch and supports(x.device, x.dtype).require() is Implementation.TRITON:
+        from qpc.kernels import transform
+
+        with torch.cuda.device(x.device):
+            return transform.pack(x.reshape(batch, -1).contiguous())
+    return pack_operand(x.double().reshape(batch, -1)) if batch else empty_operand(0, x.shape[-1], x.device)
+
+
+@pack_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_operand(_check_rows(x), x.shape[-1], x.device)
+
+
 @torch.library.custom_op("qpc::norm_operand", mutates_args=())
 def norm_operand(x: Tensor, weight: Tensor, eps: float, offset: float, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The operand of a rotated RMSNorm, `x / sqrt(mean(x^2) + eps) * (weight + offset)`, in float32 or better between.
@@ -146,9 +163,15 @@ def _normalized(
 def _check_activation(x: Tensor, signs: Tensor, block: int) -> int:
     """The number of rows. Raises `KernelError` unless the arguments fit together."""
     check_rotation(x, signs, block)
+    return _check_rows(x)
+
+
+def _check_rows(x: Tensor) -> int:
+    """The number of rows. Raises `KernelError` if they are too many, or empty."""
     batch = int(math.prod(x.shape[:-1]))  # a symbolic number becomes the one that was traced
-    if x.shape[-1] == 0 or batch > MAX_BATCH:
-        raise KernelError(f"operand: x is {tuple(x.shape)}, required at most {MAX_BATCH} rows of at least one feature; use qpc::rotate")
+    if x.dtype not in ACTIVATION_DTYPES or x.ndim == 0 or x.shape[-1] == 0 or batch > MAX_BATCH:
+        required = f"floating point, at most {MAX_BATCH} rows of at least one feature"
+        raise KernelError(f"operand: x is {x.dtype} {tuple(x.shape)}, required {required}; use qpc::rotate or the linear itself")
     return batch
 
 

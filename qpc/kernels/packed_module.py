@@ -16,7 +16,7 @@ class PackedModule(nn.Module):
 
     Its buffers are what a checkpoint stores: `codes0` (and `codes1` of a mixed rate) int32 [row_blocks, column_blocks, words], `scales`
     bfloat16 [row_blocks * 64], `signs` uint8 [ceil(in_features / 8)]. `block` is the size of the Hadamard blocks; 0 means that the weight
-    was not rotated.
+    was not rotated, or that its inputs come rotated already.
     """
 
     scales: Tensor
@@ -71,6 +71,7 @@ def tie(modules: Sequence[PackedModule]) -> None:
     """Let modules of one weight share the tensors of the first of them, also when they are moved."""
     for module in modules:
         module.take(modules[0].packed)
+        module.signs = modules[0].signs
         module._tied = list(modules)
 
 

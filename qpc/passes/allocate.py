@@ -145,11 +145,12 @@ class Allocate(Pass):
     def _weight(self, program: Program, place: "_Place") -> Weight:
         site, share = place.site, annotation(place.node).share
         kept_bytes = stored_bytes(program.tensor(site.weight)) if self.may_keep else None
+        rotated = site.weight in program.rotated
         if self.sensitivities is None:
-            return Weight(site.shape, 1.0 if share is None else share, kept_bytes)
+            return Weight(site.shape, 1.0 if share is None else share, kept_bytes, rotated)
         if site.name not in self.sensitivities.values:
             raise ModelError(f"the sensitivities have no value for {site.name}; estimate them for this model")
-        return Weight(site.shape, self.sensitivities.values[site.name] * (1.0 if share is None else share), kept_bytes)
+        return Weight(site.shape, self.sensitivities.values[site.name] * (1.0 if share is None else share), kept_bytes, rotated)
 
     def _items(self, program: Program) -> tuple[list[Item], Rules]:
         places, weights = _places(program), self.weights(program)

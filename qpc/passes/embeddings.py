@@ -28,7 +28,7 @@ class Embeddings(Pass):
     """Packs every table that the graph only looks up or multiplies by, and every output head: before the allocation, which needs the bytes.
 
     quantizer: of all of them. seed: of the signs, which depend on it and on the name of the parameter. rotation_block: as for `Quantize`.
-    Rounds each weight on its own, without error feedback.
+    Rounds each weight on its own, without error feedback. A table that was folded is rotated already.
     """
 
     name: ClassVar[str] = "embeddings"
@@ -46,7 +46,7 @@ class Embeddings(Pass):
         found = [candidate for node in placeholders if (candidate := self._candidate(program, node, remarks)) is not None]
         for weight, lookups, heads in track(found, "embeddings", len(found), self.progress):
             matrix = program.tensor(weight).detach()
-            table = self._packed(weight, matrix, lookups, heads)
+            table = self._packed(weight, matrix, lookups, heads, rotated=weight in program.rotated)
             if table.packed.nbytes >= matrix.nbytes:
                 reason = f"{self.quantizer} does not make it smaller than its {matrix.nbytes} bytes"
                 remarks.append(self.declined(weight, reason))
@@ -83,14 +83,16 @@ class Embeddings(Pass):
                 return None
         return weight, tuple(scales), tuple(heads)
 
-    def _packed(self, weight: str, matrix: Tensor, lookups: tuple[Lookup, ...], heads: tuple[str, ...]) -> Table:
+    def _packed(self, weight: str, matrix: Tensor, lookups: tuple[Lookup, ...], heads: tuple[str, ...], rotated: bool) -> Table:
         rows, features = matrix.shape
-        block = block_within(features, self.rotation_block)
-        rotation = Rotation.random(features, seeded_generator(self.seed, weight), block).to(matrix.device)
-        rotated = rotation.apply(matrix.float())
-        packed = replace(self.quantizer.quantize(rotated, encoder_for(matrix.device)), rotation=rotation)
-        kurtosis = excess_kurtosis(matrix), excess_kurtosis(rotated)
-        error = relative_error(rotated, packed.rotated())
+        rotation = None
+        if not rotated:
+            block = block_within(features, self.rotation_block)
+            rotation = Rotation.random(features, seeded_generator(self.seed, weight), block).to(matrix.device)
+        turned = matrix.float() if rotation is None else rotation.apply(matrix.float())
+        packed = replace(self.quantizer.quantize(turned, encoder_for(matrix.device)), rotation=rotation)
+        kurtosis = excess_kurtosis(matrix), excess_kurtosis(turned)
+        error = relative_error(turned, packed.rotated())
         return Table(weight, LinearShape(rows, features), lookups, heads, packed, error, kurtosis)
 
 

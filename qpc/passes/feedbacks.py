@@ -22,11 +22,11 @@ KEPT_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Job:
-    """A weight to pack: the nodes that apply it, the rotation of their input, and the feedback for it."""
+    """A weight to pack: the nodes that apply it, the rotation of their input (None: it is rotated already), and the feedback for it."""
 
     key: "Key"
     sites: tuple[fx.Node, ...]
-    rotation: Rotation
+    rotation: Rotation | None
     feedback: Feedback | None
 
 
@@ -80,7 +80,8 @@ class Feedbacks:
     """Jobs for all weights of some linears.
 
     Sites that read the same value, or apply the same weight, share one random sign vector, so any chosen grouping stays valid. The signs
-    depend on the seed and on the name of the first site that shares them, on nothing else.
+    depend on the seed and on the name of the first site that shares them, on nothing else. Inputs that are rotated already stay as they
+    are.
 
     samples: inputs on which the moments are taken; None: no feedback. Where they know the importance of positions, each weight has a moment
     and feedback of its own, else all that read one value share them. known: where feedback is taken from.
@@ -113,11 +114,12 @@ class Feedbacks:
         for weights in by_input(self.program, self.nodes, signs):
             site = site_of(weights[0][0])
             owner = signs[site.name]
-            if owner not in rotations:
+            folded = site.weight in self.program.rotated
+            if owner not in rotations and not folded:
                 block = block_within(site.shape.in_features, self.rotation_block)
                 drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
                 rotations[owner] = drawn.to(self.program.tensor(site.weight).device)
-            rotation = rotations[owner]
+            rotation = None if folded else rotations[owner]
             jobs: list[Job] = []
             for sharing in weights:
                 key = (site_of(sharing[0]).weight, owner)
@@ -128,10 +130,14 @@ class Feedbacks:
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
-    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation, key: Key) -> Feedback:
+    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback:
         expected = self.known.expected.get(key)
         damping = None if expected is None else expected.damping
-        return self.known.take(key) or Feedback.of(stream.moment(sharing).rotated(rotation), damping)
+        kept = self.known.take(key)
+        if kept is not None:
+            return kept
+        moment = stream.moment(sharing)
+        return Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:

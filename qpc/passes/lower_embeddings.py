@@ -40,23 +40,26 @@ class LowerEmbeddings(Pass):
 
 def _lower(program: Program, matrix: fx.Node, table: Table) -> None:
     graph, packed, rotation = program.graph, table.packed, table.packed.rotation
-    assert rotation is not None
     label = re.sub(r"\W", "_", table.names[0])
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         codes = [constant(program, f"{label}_codes{index}", part) for index, part in enumerate(packed.codes)]
         scales = constant(program, f"{label}_scales", packed.scales)
-        signs = constant(program, f"{label}_signs", rotation.signs)
+        none = packed.scales.new_empty(0, dtype=torch.uint8)
+        signs = constant(program, f"{label}_signs", none if rotation is None else rotation.signs)
+    block = 0 if rotation is None else rotation.block
     for node in list(matrix.users):
         with graph.inserting_before(node):
             if looks_up(node, matrix):
                 target, code = lookup_operator(packed.quantizer, packed.in_features)
                 shape = (packed.out_features, packed.in_features, program.tensor(table.weight).dtype)
-                made = graph.call_function(target, (indices_of(node), codes, scales, signs, rotation.block, *code, *shape))  # type: ignore[arg-type]
+                made = graph.call_function(target, (indices_of(node), codes, scales, signs, block, *code, *shape))  # type: ignore[arg-type]
             else:
                 x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
                 assert isinstance(x, fx.Node)
-                turned = graph.call_function(torch.ops.qpc.rotate.default, (x, signs, rotation.block))
-                turned.meta = {key: value for key, value in x.meta.items() if key != KEY}
+                turned = x
+                if rotation is not None:
+                    turned = graph.call_function(torch.ops.qpc.rotate.default, (x, signs, block))
+                    turned.meta = {key: value for key, value in x.meta.items() if key != KEY}
                 target, code = operator(packed.quantizer, packed.in_features)
                 made = graph.call_function(target, (turned, codes, scales, bias, *code, packed.out_features))  # type: ignore[arg-type]
         made.meta = dict(node.meta)

@@ -1,4 +1,4 @@
-"""Operands: rotate an activation into the operand of the integer multiplication, once for all weights that read it."""
+"""Operands: turn an activation into the operand of the integer multiplication, once for all weights that read it."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -21,12 +21,14 @@ from qpc.quant.quantizer import UniformQuantizer
 Supports = Callable[[Sequence[UniformQuantizer], int, torch.dtype, torch.device], Support]
 
 ROTATE, LINEAR = torch.ops.qpc.rotate.default, torch.ops.qpc.trellis_linear.default
+ROTATE_OPERAND, PACK = torch.ops.qpc.rotate_operand.default, torch.ops.qpc.pack_operand.default
 
 
 @dataclass(frozen=True)
 class Operands(Pass):
     """Puts `rotate_operand` and `operand_linear` in the place of `rotate` and the `trellis_linear`s behind it.
 
+    What reads a value that is rotated already, since the rotation was folded, gets a `pack_operand` of it.
     Only where the number of rows is known, since the shape of an operand depends on it. A rotation that something else reads too stays for
     that. supports: whether a multiplication runs on operands, and why not.
     """
@@ -38,11 +40,13 @@ class Operands(Pass):
     supports: Supports = fused.supports
 
     def run(self, program: Program) -> PassResult:
-        """Rewrite rotation by rotation, in graph order."""
+        """Rewrite value by value, in graph order of their first reader."""
         changed: list[str] = []
         remarks: list[Remark] = []
-        for node in program.graph.find_nodes(op="call_function", target=ROTATE):
-            linears = [user for user in node.users if user.target is LINEAR]
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for linear in program.graph.find_nodes(op="call_function", target=LINEAR):
+            readers.setdefault(linear.args[0], []).append(linear)
+        for node, linears in readers.items():
             reasons = {linear: self._obstacle(node, linear) for linear in linears}
             remarks += [self.declined(_label(linear), reason) for linear, reason in reasons.items() if reason is not None]
             chosen = [linear for linear in linears if reasons[linear] is None]
@@ -52,9 +56,9 @@ class Operands(Pass):
         program.graph_module.recompile()
         return PassResult(tuple(changed), tuple(remarks))
 
-    def _obstacle(self, rotation: fx.Node, linear: fx.Node) -> str | None:
+    def _obstacle(self, source: fx.Node, linear: fx.Node) -> str | None:
         """Why this linear cannot read an operand."""
-        value = fake_value(rotation)
+        value = fake_value(source)
         if not isinstance(value, Tensor):
             return "nothing is known of its input"
         rows = _rows(value)
@@ -83,11 +87,11 @@ def _label(linear: fx.Node) -> str:
     return ", ".join(site.name for site in sites) or linear.name
 
 
-def _rewrite(graph: fx.Graph, rotation: fx.Node, linears: list[fx.Node]) -> list[str]:
-    """One operand for all of these linears; their labels."""
-    value = fake_value(rotation)
-    with graph.inserting_before(rotation):
-        both = graph.call_function(torch.ops.qpc.rotate_operand.default, rotation.args)
+def _rewrite(graph: fx.Graph, source: fx.Node, linears: list[fx.Node]) -> list[str]:
+    """One operand of a rotation, or of a value as it is, for all of these linears; their labels."""
+    value, rotates = fake_value(source), source.target is ROTATE
+    with graph.inserting_before(linears[0]):
+        both = graph.call_function(ROTATE_OPERAND, source.args) if rotates else graph.call_function(PACK, (source,))
         operand = tuple(graph.call_function(operator.getitem, (both, index)) for index in range(2))
     labels = []
     for linear in linears:
@@ -100,6 +104,6 @@ def _rewrite(graph: fx.Graph, rotation: fx.Node, linears: list[fx.Node]) -> list
         result.meta = dict(linear.meta)
         linear.replace_all_uses_with(result)
         graph.erase_node(linear)
-    if not rotation.users:
-        graph.erase_node(rotation)
+    if rotates and not source.users:
+        graph.erase_node(source)
     return labels

@@ -83,8 +83,9 @@ class Quantize(Pass):
         """What the rotation did not help enough, each weight once."""
         for node in {site_of(node).weight: node for node in reversed(nodes)}.values():
             name, kurtosis, rotation = site_of(node).name, annotation(node).kurtosis, program.packed[site_of(node).name].rotation
-            if kurtosis is not None and rotation is not None and kurtosis[1] > GAUSSIAN_KURTOSIS:
-                reason = f"still far from Gaussian after the rotation in blocks of {rotation.block}: excess kurtosis {kurtosis[1]:.1f}"
+            if kurtosis is not None and kurtosis[1] > GAUSSIAN_KURTOSIS:
+                how = "a folded rotation" if rotation is None else f"the rotation in blocks of {rotation.block}"
+                reason = f"still far from Gaussian after {how}: excess kurtosis {kurtosis[1]:.1f}"
                 yield self.declined(name, reason)
 
     def _in_turn(self, program: Program, feedbacks: Feedbacks, lessons: Lessons | None) -> Iterator[None]:
@@ -114,7 +115,7 @@ class Quantize(Pass):
                     lessons.student.pack(site_of(job.sites[0]).weight, program.packed[site_of(job.sites[0]).name])
             if stream is not None and self.sequential:
                 for job, weight in zip(jobs, made, strict=True):
-                    stream.replace(dict.fromkeys(job.sites, job.rotation.invert(weight)))
+                    stream.replace(dict.fromkeys(job.sites, weight if job.rotation is None else job.rotation.invert(weight)))
             yield from (None for _ in jobs)
 
 
@@ -130,7 +131,7 @@ def _pack(program: Program, jobs: list[Job], student: Student | None = None) -> 
     assert quantizer is not None
     sites = [site_of(job.sites[0]) for job in jobs]
     weights = [weight_matrix(program, site) if student is None else student.matrix(site) for site in sites]
-    rotated = [job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
+    rotated = [weight if job.rotation is None else job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
     found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), [job.feedback for job in jobs])
     made = []
     for job, weight, before, packed in zip(jobs, weights, rotated, found, strict=True):

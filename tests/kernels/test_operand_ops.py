@@ -11,7 +11,7 @@ from torch.library import opcheck
 from qpc.errors import KernelError, QpcError
 from qpc.kernels import reference
 from qpc.kernels.operand import operand_rows, projections, unpack_operand
-from qpc.kernels.operand_ops import add_norm_operand, norm_operand, operand_linear, rotate_operand
+from qpc.kernels.operand_ops import add_norm_operand, norm_operand, operand_linear, pack_rows, rotate_operand
 from qpc.quant.layout import column_blocks
 from qpc.quant.rotation import Rotation
 from tests.kernels.packed import packed, poisoned
@@ -48,6 +48,7 @@ def test_operands_are_of_the_rotated_rows(shape: tuple[int, ...], features: int,
 
     with poisoned():
         assert_operand(rotate_operand(x, signs, block), rotated(x))
+        assert_operand(pack_rows(x), x.double().reshape(-1, features))
         assert_operand(norm_operand(x, weight, EPS, 1.0, signs, block), rotated(reference.rms_norm(x, weight, EPS, 1.0)))
         words, scales, total = add_norm_operand(x, residual, weight, EPS, 0.0, signs, block)
     assert torch.equal(total, x + residual)
@@ -77,7 +78,12 @@ def test_linear_is_the_product_with_what_was_packed(shape: tuple[int, int], bits
 
 def test_empty_batch() -> None:
     weight, signs = packed("trellis", 20, 40, [4]), signs_of(40)
-    for operand in (rotate_operand(torch.empty(2, 0, 40), signs, 8), norm_operand(torch.empty(0, 40), torch.ones(40), EPS, 0.0, signs, 8)):
+    nothing = torch.empty(2, 0, 40)
+    for operand in (
+        rotate_operand(nothing, signs, 8),
+        pack_rows(nothing),
+        norm_operand(torch.empty(0, 40), torch.ones(40), EPS, 0.0, signs, 8),
+    ):
         assert operand_linear(*operand, weight.codes, weight.scales, None, *weight.format, 20, torch.half).shape == (0, 20)
     empty = torch.empty(0, 40)
     assert add_norm_operand(empty, empty, torch.ones(40), EPS, 0.0, signs, 8)[2].shape == (0, 40)
@@ -87,6 +93,7 @@ def test_opcheck() -> None:
     weight, signs = packed("trellis", 33, 96, [5, 6]), signs_of(96)
     x, scale = torch.randn(2, 3, 96), torch.randn(96)
     opcheck(rotate_operand, (x, signs, 32))
+    opcheck(pack_rows, (x,))
     opcheck(norm_operand, (x, scale, EPS, 1.0, signs, 32))
     opcheck(add_norm_operand, (x, x.clone(), scale, EPS, 0.0, signs, 32))
     operand = rotate_operand(torch.randn(4, 96), signs, 32)
@@ -125,6 +132,8 @@ LINEAR: dict[str, Any] = {
     [
         (rotate_operand, ROTATION, {"x": torch.randn(17, 48)}, "at most 16 rows"),
         (rotate_operand, ROTATION, {"x": torch.randn(2, 0), "signs": SIGNS[:0], "block": 1}, "at least one feature"),
+        (pack_rows, {"x": ROTATION["x"]}, {"x": torch.randn(17, 48)}, "at most 16 rows"),
+        (pack_rows, {"x": ROTATION["x"]}, {"x": torch.ones(2, 48, dtype=torch.int32)}, "int32.*floating point"),
         (rotate_operand, ROTATION, {"block": 5}, "divisible"),
         (rotate_operand, ROTATION, {"signs": SIGNS[:2]}, "uint8"),
         (add_norm_operand, NORM, {"weight": torch.ones(47)}, "norm.*47.*required.*48"),

@@ -46,8 +46,8 @@ class Fixed(nn.Module):
         return self.c(torch.tanh(self.a(x))) + self.b(x)[..., :20]
 
 
-def lowered(model: nn.Module, x: Tensor, quantizers: dict[str, Quantizer] | None = None) -> Program:
-    """Every linear by itself; a trellis where nothing else is given."""
+def lowered(model: nn.Module, x: Tensor, quantizers: dict[str, Quantizer] | None = None, rotated: Sequence[str] = ()) -> Program:
+    """Every linear by itself; a trellis where nothing else is given. rotated: weights whose inputs count as rotated already."""
     program = capture(model, example_inputs=(x,))
     Pipeline((Canonicalize(), Fusion())).run(program)
     for node in program.linears():
@@ -55,6 +55,7 @@ def lowered(model: nn.Module, x: Tensor, quantizers: dict[str, Quantizer] | None
         assert found.group is not None and found.site is not None
         quantizer = (quantizers or {}).get(found.site.name, TRELLIS)
         annotate(node, found.but(quantizer=quantizer, group=found.group.subset((found.site.name,))))
+    program.rotated.update(rotated)
     program.stage = Stage.ALLOCATED
     Pipeline((Quantize(), Lower())).run(program)
     return program
@@ -77,6 +78,19 @@ def test_one_operand_for_all_that_read_a_value(rows: tuple[int, ...]) -> None:
     found = program.run((x,))[0]
     assert found.shape == expected.shape and (found - expected).norm() <= 2e-4 * expected.norm()
     assert {annotation(node).site.name for node in program.linears()} == {"a", "b", "c"}  # type: ignore[union-attr]
+
+
+def test_values_that_are_rotated_already_are_packed_once_as_they_are() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    program = lowered(Fixed(4), x, rotated=("a.weight", "b.weight"))
+    assert count(program, "rotate") == 1
+    expected = program.run((x,))[0]
+    result = Pipeline((Operands(supports),)).run(program)["operands"]
+    assert result.changed == ("a", "b", "c")
+    assert (count(program, "pack_operand"), count(program, "rotate_operand"), count(program, "operand_linear")) == (1, 1, 3)
+    found = program.run((x,))[0]
+    assert (found - expected).norm() <= 2e-4 * expected.norm()
 
 
 def test_a_rotation_that_others_read_stays_for_them() -> None:
