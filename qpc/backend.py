@@ -19,6 +19,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.compiler import build, decide, lowering
 from qpc.errors import CaptureError, SettingsError
+from qpc.inductor.hook import register
 from qpc.ir.program import Program
 from qpc.options import Options
 from qpc.passes.adopt import Adopt
@@ -90,6 +91,7 @@ def qpalette(
         _name_sources(graph_module)
     compile_inner = lookup_backend(parsed.inner)
     if parsed.inner == "inductor":
+        register()
         compile_inner = torch._TorchCompileInductorWrapper(mode, None, None)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         compiled = compile_inner(program.graph_module, list(example_inputs))

@@ -4,7 +4,8 @@ The step reads and writes tensors at fixed places, so that a CUDA graph can hold
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from qpc.errors import ModelError, SettingsError
-from qpc.integrations.static_cache import fixed_cache
+from qpc.integrations.attention import decode_attention
+from qpc.integrations.static_cache import FixedCache
+from qpc.kernels.attention_ops import supports_attention
 from qpc.sampling import cannot_sample
 
 WARM_UPS = 2
 """Steps before a step is captured: the first compiles kernels and makes workspaces, the second finds them."""
+
+MOST_OFF = 0.1
+"""Relative difference of logits that rounding to 16 bits explains, of random keys and values; another attention is far beyond."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,7 +52,8 @@ class Decoder:
     """Sequences of one batch that grow together. `begin` takes their prompts, `advance` continues each by one token.
 
     model: in evaluation mode, on one device. batch: sequences. capacity: tokens of each, prompt included.
-    tokens: int64 [batch, 1], the last token of each sequence, rewritten by `advance`.
+    tokens: int64 [batch, 1], the last token of each sequence, rewritten by `advance`. attention: why steps do not attend by
+    `qpc::decode_attention`, None where they do; it is compared with that of the model before it is used.
 
     Raises `ModelError` if the model is none that generates text.
     """
@@ -58,18 +65,19 @@ class Decoder:
         config: Any = model.config
         self.batch, self.capacity, self.stepping = batch, capacity, stepping
         self.device = next(model.parameters()).device
-        self._model = model
+        self.model = model
         self._takes = inspect.signature(model.forward).parameters.keys()
-        self.cache, self.position = fixed_cache(config.get_text_config().num_hidden_layers, capacity, self.device)
+        self.cache = FixedCache(config.get_text_config().num_hidden_layers, batch, capacity, self.device)
+        self.position, self.starts = self.cache.position, self.cache.starts
         self.tokens = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self.mask = torch.ones((batch, capacity), dtype=torch.int64, device=self.device)
-        self.padding = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self.temperature = torch.ones((), device=self.device)
         self.generator = torch.Generator(self.device)
         self._forward: Forward = self._logits
         if stepping is Stepping.COMPILED:
             self._forward = torch.compile(self._logits, fullgraph=True, dynamic=False)
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.attention = self._obstacle() if self.device.type == "cuda" else "the attention of the model is used on a CPU"
 
     @torch.no_grad()
     def begin(self, tokens: Tensor, mask: Tensor, temperature: float, seed: int) -> None:
@@ -86,7 +94,7 @@ class Decoder:
         )
         self.mask.fill_(1)
         self.mask[:, :length] = mask
-        self.padding.copy_((1 - mask).sum(1, keepdim=True))
+        self.starts.copy_((1 - mask).sum(1))
         self.position.zero_()
         self.temperature.fill_(temperature or 1.0)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -94,12 +102,24 @@ class Decoder:
         if not bool(logits.isfinite().all()):
             raise ModelError("the logits of the model are not finite")
         self.position.fill_(length)
-        if self.stepping is not Stepping.EAGER and self.device.type == "cuda" and (temperature == 0) not in self._graphs:
-            self.tokens.copy_(logits.argmax(1, keepdim=True))
-            self._graphs[temperature == 0] = self._captured(temperature == 0)
-            self.position.fill_(length)
+        self.ready(temperature == 0)
         self.generator.manual_seed(seed)
         self.tokens.copy_(self._choose(logits, temperature == 0))
+
+    @torch.no_grad()
+    def ready(self, greedy: bool) -> None:
+        """Capture the step, if steps run in a graph and it was not yet; tokens and position stay as they are."""
+        if self.stepping is not Stepping.EAGER and self.device.type == "cuda" and greedy not in self._graphs:
+            self._graphs[greedy] = self._captured(greedy)
+
+    @torch.no_grad()
+    def compared(self) -> float:
+        """By how much the logits of the step at this position differ from those of an eager one with the model's attention, relatively."""
+        positions = (self.position - self.starts)[:, None]
+        expected = self._logits(self.tokens, positions, self.mask).float()
+        with self._attention(self.attention is None):
+            found = self._forward(self.tokens, positions, self.mask).float()
+        return float((found - expected).norm() / expected.norm())
 
     @torch.no_grad()
     def advance(self, greedy: bool) -> None:
@@ -107,10 +127,54 @@ class Decoder:
         if greedy in self._graphs:
             self._graphs[greedy].replay()
         else:
-            self._step(greedy)
+            self.step(greedy)
 
-    def _step(self, greedy: bool) -> None:
-        logits = self._forward(self.tokens, self.position - self.padding, self.mask)
+    @torch.no_grad()
+    def _obstacle(self) -> str | None:
+        """Why `qpc::decode_attention` cannot take the place of the model's attention. A cache full of random keys and values tells."""
+        if not getattr(self.model, "_supports_attention_backend", False):
+            return f"the layers of {type(self.model).__name__} do not let another attention take the place of theirs"
+        self._logits(self.tokens, self.tokens, self.mask[:, :1])  # makes the places
+        draw = torch.Generator(self.device).manual_seed(0)
+        for layer in self.cache.fixed:
+            if layer.keys is None or layer.values is None or layer.keys.shape != layer.values.shape:
+                return "keys and values differ in shape"
+            found = supports_attention(layer.keys.shape[-1], layer.keys.dtype, self.device)
+            if found.implementation is None:
+                return found.reason
+            layer.keys.normal_(generator=draw)
+            layer.values.normal_(generator=draw)
+        self.position.fill_(self.capacity - 1)
+        step = (self.tokens, self.tokens + self.capacity - 1, self.mask)
+        try:
+            with self._attention(True):
+                ours = self._logits(*step).float()
+        except ModelError as error:
+            return str(error)
+        theirs = self._logits(*step).float()
+        for layer in self.cache.fixed:
+            layer.reset()
+        self.position.zero_()
+        off = float((ours - theirs).norm() / theirs.norm())
+        return None if off <= MOST_OFF else f"it gives other logits than the attention of the model, by {off:.0%}"
+
+    @contextmanager
+    def _attention(self, deferred: bool) -> Iterator[None]:
+        """Let steps attend by `qpc::decode_attention`, if `deferred`."""
+        if not deferred:
+            yield
+            return
+        self.cache.defer(True)
+        try:
+            with decode_attention(self.model):
+                yield
+        finally:
+            self.cache.defer(False)
+
+    def step(self, greedy: bool) -> None:
+        """`advance`, launch by launch."""
+        with self._attention(self.attention is None):
+            logits = self._forward(self.tokens, (self.position - self.starts)[:, None], self.mask)
         self.tokens.copy_(self._choose(logits, greedy))
         self.position.add_(1)
 
@@ -118,7 +182,7 @@ class Decoder:
         """Of the last position, [batch, vocabulary], writing keys and values to the cache."""
         optional = {"position_ids": positions, "attention_mask": mask, "logits_to_keep": 1}
         taken = {name: value for name, value in optional.items() if name in self._takes}
-        output = self._model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **taken)
+        output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **taken)
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -137,12 +201,12 @@ class Decoder:
         begin, first = self.position.clone(), self.tokens.clone()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._step(greedy)
+                self.step(greedy)
                 self.position.copy_(begin)
                 self.tokens.copy_(first)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
-            self._step(greedy)
+            self.step(greedy)
         return graph

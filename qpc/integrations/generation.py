@@ -156,10 +156,15 @@ def _check_limits(model: nn.Module, length: int, max_new_tokens: int, temperatur
         raise SettingsError(f"{max_new_tokens=} must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise SettingsError(f"{temperature=} must be 0 or more, and finite")
-    config: Any = getattr(model, "config", None)
-    most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = _positions(model)
     if most is not None and length + max_new_tokens > most:
         raise SettingsError(f"a prompt of {length} tokens and {max_new_tokens=} are more than the {most} positions of the model")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Of a sequence at most; None if the configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _stop_tokens(model: nn.Module) -> tuple[int, ...]:
@@ -181,5 +186,6 @@ def _decoder(model: nn.Module, batch: int, capacity: int, stepping: Stepping | s
     known: Decoders = model.__dict__.setdefault(ATTRIBUTE, Decoders())
     found = known.get((batch, way))
     if found is None or found.capacity < capacity or found.device != device:
-        found = known[batch, way] = Decoder(model, batch, -(-capacity // CAPACITY_STEP) * CAPACITY_STEP, way)
+        places = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        found = known[batch, way] = Decoder(model, batch, min(places, _positions(model) or places), way)
     return found

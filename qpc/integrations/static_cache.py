@@ -4,6 +4,7 @@ The layers of transformers each count what they hold, which is a launch for ever
 host, so that a step would be compiled anew where they run full. Here every layer has all places and the mask does the rest.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +13,38 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """Keys or values that were not written yet. new: [batch, heads, 1, width]. places: [batch, heads, length, width]. position: int64 [].
+    starts: int64 [batch], the first place of each sequence."""
+
+    new: Tensor
+    places: Tensor
+    position: Tensor
+    starts: Tensor
+
+
 class FixedLayer(StaticLayer):
-    """Keys and values [batch, heads, length, head_dim] of one layer, zero at first. position: int64 [], where the next token goes."""
+    """Keys and values [batch, heads, length, width] of one layer, zero at first.
 
-    def __init__(self, length: int, position: Tensor) -> None:
+    position: int64 [], where the next token goes. starts: int64 [batch], the first place of each sequence. defers: whether `update` leaves
+    the writing to the attention that reads what it returns.
+    """
+
+    def __init__(self, length: int, position: Tensor, starts: Tensor) -> None:
         super().__init__(length)  # type: ignore[no-untyped-call]
-        self.position = position
+        self.position, self.starts = position, starts
+        self.defers = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [batch, heads, n, head_dim] from the position on, and return all places."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Write keys and values [batch, heads, n, width] from the position on, and return all places; or both as `Deferred`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        if self.defers:
+            pairs = ((key_states, self.keys), (value_states, self.values))
+            keys, values = (Deferred(new, places, self.position, self.starts) for new, places in pairs)
+            return keys, values
         count = key_states.shape[-2]
         at = self.position[None] if count == 1 else torch.arange(count, device=self.position.device) + self.position
         self.keys.index_copy_(2, at, key_states)
@@ -39,8 +60,18 @@ class FixedLayer(StaticLayer):
         return self.max_cache_len, 0
 
 
-def fixed_cache(layers: int, length: int, device: torch.device) -> tuple[Cache, Tensor]:
-    """An empty cache of so many layers and places, and its position."""
-    position = torch.zeros((), dtype=torch.int64, device=device)
-    torch._dynamo.mark_static_address(position)
-    return Cache(layers=[FixedLayer(length, position) for _ in range(layers)]), position
+class FixedCache(Cache):
+    """The layers of a model, with one position and one vector of starts between them."""
+
+    def __init__(self, layers: int, batch: int, length: int, device: torch.device) -> None:
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.starts = torch.zeros(batch, dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.position)
+        torch._dynamo.mark_static_address(self.starts)
+        self.fixed = [FixedLayer(length, self.position, self.starts) for _ in range(layers)]
+        super().__init__(layers=list(self.fixed))
+
+    def defer(self, defers: bool) -> None:
+        """Leave the writing to attention, or not."""
+        for layer in self.fixed:
+            layer.defers = defers

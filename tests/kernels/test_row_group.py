@@ -1,0 +1,94 @@
+"""Groups of linears: rows of one weight, whatever happens to the modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qpc.kernels.linear import QuantizedLinear, join
+from qpc.kernels.packed_module import share_signs
+from qpc.quant.rotation import Rotation
+from qpc.quant.trellis import TrellisQuantizer
+
+OUT = (64, 128, 30)
+
+
+class Readers(nn.Module):
+    """Three linears of one input as a group, the second with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        rotation = Rotation.random(48, torch.Generator().manual_seed(1))
+        for index, rows in enumerate(OUT):
+            packed = TrellisQuantizer(4, 12).quantize(rotation.apply(torch.randn(rows, 48)))
+            bias = nn.Parameter(torch.randn(rows)) if index == 1 else None
+            module = QuantizedLinear(rows, 48, packed.quantizer, rotation.block, bias).take(packed)
+            module.signs = rotation.signs.clone()
+            self.add_module(f"linear{index}", module)
+
+    @property
+    def linears(self) -> list[QuantizedLinear]:
+        return [module for module in self.children() if isinstance(module, QuantizedLinear)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+
+def is_joined(model: Readers) -> bool:
+    storages = {linear.codes0.untyped_storage().data_ptr() for linear in model.linears}
+    (group,) = {linear.group for linear in model.linears}
+    return group is not None and group.whole and group.members == tuple(model.linears) and len(storages) == 1
+
+
+def test_joined_linears_compute_the_same_and_keep_their_state() -> None:
+    model, x = Readers(), torch.randn(5, 48)
+    before, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    assert not any(linear.group for linear in model.linears)
+    join(model.linears)
+    assert is_joined(model) and torch.equal(model(x), before)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda model: model.half().float(),
+        lambda model: model._apply(torch.clone),
+        lambda model: model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True) and model,
+    ],
+    ids=["copied", "converted", "moved", "assigned"],
+)
+def test_groups_outlive_what_happens_to_modules(change) -> None:
+    model, x = Readers(), torch.randn(5, 48)
+    join(model.linears)
+    share_signs(model.linears)
+    before = model(x)
+    changed = change(model)
+    assert is_joined(changed) and len({id(linear.signs) for linear in changed.linears}) == 1
+    torch.testing.assert_close(changed(x), before, rtol=2e-2, atol=2e-2)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(changed, backend="eager", fullgraph=True)(x), changed(x))
+
+
+def test_a_group_that_is_torn_apart_runs_member_by_member() -> None:
+    model = Readers()
+    join(model.linears)
+    model.linears[1].to("meta")
+    group = model.linears[0].group
+    assert group is not None and not group.whole
+    assert model.linears[0](torch.randn(2, 48)).shape == (2, OUT[0])
+
+
+def test_equal_signs_become_one_tensor() -> None:
+    model = Readers()
+    other = QuantizedLinear(64, 48, TrellisQuantizer(4, 12), model.linears[0].block)
+    other.signs = ~model.linears[0].signs
+    assert len({id(linear.signs) for linear in model.linears}) == 3
+    share_signs([*model.linears, other])
+    assert len({id(linear.signs) for linear in model.linears}) == 1 and other.signs is not model.linears[0].signs
