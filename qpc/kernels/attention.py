@@ -25,6 +25,9 @@ MAX_SPLITS = 64
 ROWS = 16
 """Queries of a program at least, for tensor cores; those beyond the queries of a head are idle."""
 
+PDL_CAPABILITY = (9, 0)
+"""Oldest compute capability on which a kernel may be launched while the one before still runs; this one waits for it before it reads."""
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -45,13 +48,16 @@ def _attention_kernel(
     q, k, v, keys, values, position, starts, cos, sin, out, partial, counters,
     scale, window, length, q_batch, q_head, k_batch, k_head, v_batch, v_head, turn_batch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    ROPE: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (head of the keys of a sequence, split). HEADS: of the keys of one sequence.
 
     partial: float32 [programs, ROWS * (WIDTH + 2)]: sums of each row, then the maximum of each, then the sum of weights of each.
     counters: int32, one for each head, -1 before and after.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head, split = tl.program_id(0), tl.program_id(1)
     item, own = head // HEADS, head % HEADS
     now = tl.load(position).to(tl.int32)
@@ -165,12 +171,13 @@ def attend(
     partial = torch.empty((batch * heads, cut.splits, rows, width + 2), dtype=torch.float32, device=q.device)
     counters = _counters(batch * heads, q.device)
     precision = "ieee" if q.dtype is torch.float32 else "tf32"
+    early = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= PDL_CAPABILITY
     turn_batch = 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
     _attention_kernel[(batch * heads, cut.splits)](
         q, k, v, keys, values, position, starts, q if cos is None else cos, q if sin is None else sin, out, partial, counters,
         scale, window, length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), turn_batch,
         HEADS=heads, GROUP=group, ROWS=rows, WIDTH=width, SPLITS=cut.splits, BLOCK=BLOCK, ROPE=cos is not None, PRECISION=precision,
-        num_warps=cut.warps,
+        PDL=early, num_warps=cut.warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 

@@ -14,9 +14,12 @@ from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 
 import qpc
+from qpc import backend
 from qpc.inductor.hook import GraphPass, register
 from qpc.integrations.decoder import Decoder, Stepping
 from qpc.kernels import linear
+from qpc.kernels.select import Implementation, Support
+from qpc.passes.operands import Operands
 from tests.compiled import TOKENS, logits
 from tests.families import FAMILIES
 
@@ -109,24 +112,29 @@ def test_attention_of_the_model_stays_where_it_is_asked_for() -> None:
     assert counts["decode_attention"] == 0 and counts["operand_linear"] == 8
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
+@pytest.mark.parametrize("name", ["inductor", "aot_eager", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "phi3"])
-def test_every_backend_computes_what_the_eager_model_does(family: str, backend: str) -> None:
+def test_every_backend_computes_what_the_eager_model_does(family: str, name: str) -> None:
     model = grouped(family)
     expected = logits(model)
     for dynamic in (False, None):
         torch.compiler.reset()
-        found = logits(torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic))
+        found = logits(torch.compile(model, backend=name, fullgraph=True, dynamic=dynamic))
         assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_both_doors_fuse_the_same() -> None:
-    """Through `backend="qpalette"` from the original, and through Inductor from the compiled model: one sequence of few tokens."""
+def test_both_doors_fuse_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Inductor from the compiled model, and through the backend from the original; one sequence of few tokens."""
+    monkeypatch.setattr(backend, "Operands", lambda: Operands(lambda *_: Support(Implementation.CPU, "by definition")))
     options = {"effort": "fast", "calibration": None, "sensitivity": "random", "same_quantizer_in_group": True}
     tokens = TOKENS[:1, :8]
-    lowered = qpc.compile(FAMILIES["llama"](), budget=3.5, **options)
-    ours = seen(lambda: logits(torch.compile(lowered, fullgraph=True, dynamic=False), tokens))
-    assert ours == {"operand_linear": 8, "rotate_operand": 4, "norm_operand": 1, "add_norm_operand": 3}
+    expected = logits(grouped("llama"), tokens)
+    for model, how in ((grouped("llama"), {}), (FAMILIES["llama"](), {"backend": "qpalette", "options": {"budget": 3.5, **options}})):
+        found: list[torch.Tensor] = []
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, **how)
+        counts = seen(lambda compiled=compiled, found=found: found.append(logits(compiled, tokens)))
+        assert counts == {"operand_linear": 8, "rotate_operand": 4, "norm_operand": 1, "add_norm_operand": 3}
+        assert (found[0] - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_lengths_are_compiled_twice_at_most() -> None:

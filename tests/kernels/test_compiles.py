@@ -62,10 +62,12 @@ def walk(suffix_bits: int, slots: int, words: int) -> Case:
 
 
 def attend(width: int, group: int, rope: bool) -> Case:
+    """As on GPUs that launch kernels one after another; the other is `test_attention_that_is_launched_early_compiles`."""
     names = "q k v keys values cos sin out"
     types = {name: "*bf16" for name in names.split()} | {"position": "*i64", "starts": "*i64", "scale": "fp32"}
     constants = {
-        "HEADS": 8, "GROUP": group, "ROWS": 16, "WIDTH": width, "SPLITS": 32, "BLOCK": attention.BLOCK, "ROPE": rope, "PRECISION": "tf32"
+        "HEADS": 8, "GROUP": group, "ROWS": 16, "WIDTH": width, "SPLITS": 32, "BLOCK": attention.BLOCK, "ROPE": rope,
+        "PRECISION": "tf32", "PDL": False,
     }  # fmt: skip
     kernel = attention._attention_kernel
     return f"attention of heads of {width}", kernel, types | {"partial": "*fp32", "counters": "*i32"}, constants, 4
@@ -99,3 +101,10 @@ def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: 
     assert used.registers * warps * 32 <= 65536, used
     assert used.shared <= 96 * 1024, used
     assert len(instructions(compiled)) > 10
+
+
+def test_attention_that_is_launched_early_compiles() -> None:
+    _, kernel, types, constants, warps = attend(128, 4, True)
+    compiled = compile_kernel(kernel, types, constants | {"PDL": True}, 90, warps)
+    assert usage(compiled).stack == 0
+    assert any("ACQBULK" in each for each in instructions(compiled)), "it waits for the kernel before"
