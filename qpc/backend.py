@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ LEGAL = (
     "gpu",
     "batch",
     "inner",
+    "mode",
 )
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
@@ -51,12 +53,22 @@ _COUNT = itertools.count()
 """Numbers the graphs of this process in the dumps."""
 
 
+class Mode(StrEnum):
+    """Modes of Inductor, as `torch.compile` names them; it takes none beside options. REDUCE_OVERHEAD: launches go into CUDA graphs."""
+
+    DEFAULT = "default"
+    REDUCE_OVERHEAD = "reduce-overhead"
+    MAX_AUTOTUNE = "max-autotune"
+    MAX_AUTOTUNE_NO_CUDAGRAPHS = "max-autotune-no-cudagraphs"
+
+
 @dataclass(frozen=True)
 class BackendOptions:
-    """Options of the backend. inner: the backend that compiles the lowered graph."""
+    """Options of the backend. inner: the backend that compiles the lowered graph. mode: that of Inductor."""
 
     options: Options
     inner: str = "inductor"
+    mode: Mode = Mode.DEFAULT
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None) -> "BackendOptions":
@@ -71,7 +83,12 @@ class BackendOptions:
         known = [name for name in list_backends(None) if name != "qpalette"]
         if inner not in known:
             raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
-        return BackendOptions(Options.of(**given), inner)
+        named = given.pop("mode", None)
+        if named is not None and named not in list(Mode):
+            raise SettingsError(f"unknown mode {named!r}; known: {', '.join(Mode)}")
+        if named is not None and inner != "inductor":
+            raise SettingsError(f"mode={named!r} is one of Inductor, but the inner backend is {inner!r}; leave one of them out")
+        return BackendOptions(Options.of(**given), inner, Mode(named or Mode.DEFAULT))
 
 
 def qpalette(
@@ -80,8 +97,8 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
-    mode: passed to Inductor.
+        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner` and `mode` as in `BackendOptions`.
+    mode: the same, where `torch.compile` was given one.
     """
     parsed = BackendOptions.parse(options)
     owner = _frame_module()
@@ -92,7 +109,7 @@ def qpalette(
     compile_inner = lookup_backend(parsed.inner)
     if parsed.inner == "inductor":
         register()
-        compile_inner = torch._TorchCompileInductorWrapper(mode, None, None)  # type: ignore[no-untyped-call]
+        compile_inner = torch._TorchCompileInductorWrapper(mode or str(parsed.mode), None, None)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         compiled = compile_inner(program.graph_module, list(example_inputs))
 

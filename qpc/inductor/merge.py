@@ -1,4 +1,4 @@
-"""One node for all that compute the same: rotations of one value, products of the members of a group, and their biases together."""
+"""One node for all that compute the same: rotations of one value, for linears that are not of one group."""
 
 import operator
 from typing import Any
@@ -6,15 +6,13 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from qpc.inductor.nodes import aten, is_call
-
 
 def merge_equal(graph: fx.Graph) -> int:
-    """Let one node serve where several of these have the same arguments; they have no side effects. Returns how many went."""
+    """Let one operator of qpc serve where several have the same arguments; they have no side effects. Returns how many went."""
     kept: dict[tuple[object, ...], fx.Node] = {}
     gone = 0
     for node in list(graph.nodes):
-        if not _is_ours(node) and not _is_bias(node):
+        if not _is_ours(node):
             continue
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
         first = kept.setdefault(key, node)
@@ -33,14 +31,6 @@ def _is_ours(node: fx.Node) -> bool:
         source = node.args[0]
         return isinstance(source, fx.Node) and _is_ours(source)
     return isinstance(node.target, OpOverload) and node.target.namespace == "qpc" and not node.target._schema.is_mutable
-
-
-def _is_bias(node: fx.Node) -> bool:
-    """Whether a node puts vectors together that the graph is given, or is the zeros for a member that has none."""
-    if is_call(node, aten.full.default):
-        return all(is_call(user, aten.cat.default) for user in node.users)
-    given = node.all_input_nodes
-    return is_call(node, aten.cat.default) and all(each.op != "call_function" or is_call(each, aten.full.default) for each in given)
 
 
 def _frozen(value: Any) -> object:

@@ -66,9 +66,11 @@ class QuantizedLinear(PackedModule):
         """[..., in_features] -> [..., out_features], in the dtype of x."""
         group = self.group
         if group is not None and group.whole and torch.compiler.is_compiling():
-            product = self._product(x, group.signs, group.codes, group.scales, group.bias, group.out_features)
-            return product[..., group.rows_of(self)]
+            return group.traced(self, x, self._product_of)
         return self._product(x, self.signs, self.codes, self.scales, self.bias, self.out_features)
+
+    def _product_of(self, group: RowGroup, x: Tensor) -> Tensor:
+        return self._product(x, group.signs, group.codes, group.scales, group.bias, group.out_features)
 
     def _product(
         self, x: Tensor, signs: Tensor, codes: tuple[Tensor, ...], scales: Tensor, bias: Tensor | None, out_features: int

@@ -79,7 +79,7 @@ def tie(modules: Sequence[PackedModule]) -> None:
 
 
 def share_signs(modules: Iterable[PackedModule]) -> None:
-    """Let modules that rotate alike have one tensor of signs, also when they are moved: one node of a graph then rotates for them all."""
+    """Let modules that rotate alike have one tensor of signs, also when they are moved: a node of a graph can then rotate for all."""
     found: dict[tuple[int, int, torch.device, bytes], list[PackedModule]] = {}
     for module in modules:
         if module.block:

@@ -1,6 +1,6 @@
 """Linears of one input whose packed weights are row ranges of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class RowGroup:
     """Linears of one quantizer that read one value through the same signs. Each holds its rows as views of the group's tensors.
 
-    Eagerly each multiplies by its own rows. While a graph is traced each gives the product with all rows and takes its own of that, and
-    `qpc.inductor` leaves one of the equal products.
+    Eagerly each multiplies by its own rows. While a graph is traced, the first multiplies by all rows, and those that read the same value
+    after it take theirs of that; the last one forgets it.
 
     members: all but the last with out_features divisible by 64, so that no padding row lies between two.
     codes, scales, signs: as a packed weight of all rows has them. whole: whether the members are views of these; while a model is moved,
@@ -30,6 +30,7 @@ class RowGroup:
         self.scales = members[0].scales
         self.signs = members[0].signs
         self.whole = False
+        self._traced: tuple[Tensor, Tensor] | None = None
         self.join()
 
     @property
@@ -37,10 +38,19 @@ class RowGroup:
         """Rows of all members."""
         return sum(member.out_features for member in self.members)
 
-    def rows_of(self, member: "QuantizedLinear") -> slice:
-        """Where the rows of a member are."""
-        start = sum(each.out_features for each in self.members[: self.members.index(member)])
-        return slice(start, start + member.out_features)
+    def traced(self, member: "QuantizedLinear", x: Tensor, multiply: Callable[["RowGroup", Tensor], Tensor]) -> Tensor:
+        """The product of a member, in a graph. multiply: by all rows."""
+        if member is self.members[0] or self._traced is None or self._traced[0] is not x:
+            self._traced = x, multiply(self, x)
+        start = 0
+        for each in self.members:
+            if each is member:
+                break
+            start += each.out_features
+        rows = self._traced[1][..., start : start + member.out_features]
+        if member is self.members[-1]:
+            self._traced = None
+        return rows
 
     @property
     def bias(self) -> Tensor | None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from qpc.kernels.linear import QuantizedLinear, join
 from qpc.kernels.packed_module import share_signs
@@ -50,8 +50,43 @@ def test_joined_linears_compute_the_same_and_keep_their_state() -> None:
     assert is_joined(model) and torch.equal(model(x), before)
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), before)
+
+
+@pytest.mark.parametrize("by", ["dynamo", "export"])
+def test_a_traced_group_multiplies_once(by: str) -> None:
+    model, x = Readers(), torch.randn(5, 48)
+    before = model(x)
+    join(model.linears)
+    share_signs(model.linears)
+    targets: list[str] = []
+
+    def spy(graph_module: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+        targets.extend(str(node.target) for node in graph_module.graph.nodes)
+        return graph_module
+
+    if by == "dynamo":
+        compiled = torch.compile(model, backend=spy, fullgraph=True)
+        found = compiled(x)
+        torch.testing.assert_close(compiled(x + 1), model(x + 1))
+    else:
+        exported = torch.export.export(model, (x,), strict=False).module()
+        found = exported(x)
+        spy(exported, [])
+    torch.testing.assert_close(found, before)
+    assert sum("trellis_linear" in target for target in targets) == sum("rotate" in target for target in targets) == 1
+
+
+def test_a_value_of_its_own_gets_a_product_of_its_own() -> None:
+    """Though the group is traced as one."""
+    model, x = Readers(), torch.randn(5, 48)
+    join(model.linears)
+    first, second, third = model.linears
+
+    def apart(x: torch.Tensor) -> list[torch.Tensor]:
+        return [first(x), second(x * 2), third(x)]
+
+    for found, expected in zip(torch.compile(apart, backend="eager", fullgraph=True)(x), apart(x), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
