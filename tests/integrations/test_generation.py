@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import AttentionInterface
 
 import qpc
 from qpc.errors import ModelError, SettingsError
-from qpc.integrations.decoder import Stepping
+from qpc.integrations import attention
+from qpc.integrations.decoder import Decoder, Stepping
 from qpc.integrations.generation import CAPACITY_STEP
 from qpc.integrations.prompts import TextStream
 from tests.compiled import DEVICES, compiled_pair
@@ -71,6 +73,36 @@ def test_a_compiled_step_is_compiled_once(family: str, device: str) -> None:
     again = qpc.generate(network, tokens[:, 3:], attention_mask=mask[:, 3:] | 1, **options)
     assert again.tokens.shape == (3, NEW)
     assert graphs[-1] == 1 == counters["stats"]["unique_graphs"] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_in_one_launch_gives_the_same_tokens(family: str, device: str) -> None:
+    """Where it takes the place of the model's own; where it cannot, that is found out before."""
+    network = FAMILIES[family]().to(device)
+    tokens, mask = prompts(device)
+    decoder = Decoder(network, 3, 12 + NEW, Stepping.EAGER)
+    decoder.attention = decoder._obstacle()
+    without = {"gemma2": "softcap"} | ({"llama_odd": "power of two"} if device == "cuda" else {})
+    assert without.get(family, "None") in str(decoder.attention)
+    decoder.begin(tokens, mask, 0.0, 0)
+    columns = [decoder.tokens[:, 0].tolist()]
+    for _ in range(NEW - 1):
+        decoder.advance(greedy=True)
+        columns.append(decoder.tokens[:, 0].tolist())
+    assert torch.equal(torch.tensor(columns).T, by_transformers(network, tokens, mask))
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [("mistral", {"sliding_window": None}), ("llama", {"scaling": 0.5}), ("gemma3", {"sliding_window": 9})]
+)
+def test_another_attention_is_found_out(family: str, change: dict[str, object]) -> None:
+    AttentionInterface.register(attention.NAME, lambda *given, **named: attention.attend(*given, **(named | change)))
+    try:
+        reason = Decoder(FAMILIES[family](), 2, 64, Stepping.EAGER)._obstacle()
+    finally:
+        AttentionInterface.register(attention.NAME, attention.attend)
+    assert reason is not None and "other logits" in reason
 
 
 def test_lists_are_padded() -> None:

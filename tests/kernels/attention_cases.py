@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,13 +20,12 @@ FULL = (*SMALL, (1, 32, 8, 128, 1024, 128), (8, 32, 8, 128, 1024, 1023), (4, 20,
 
 def cases(quick: bool) -> Iterator[tuple[str, Check]]:
     """Every comparison with its name."""
+    turns = ((False, 0), (True, 20)) if quick else tuple(product((False, True), (0, 20)))
+    dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16, torch.float16)
     for sizes in SMALL if quick else FULL:
-        for rope in (False, True):
-            for window in (0, 20):
-                for splits in (1, 3, None):
-                    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16, torch.float16):
-                        name = f"attention {sizes} {rope=} {window=} {splits=} {dtype}"
-                        yield name, partial(compare, sizes, rope, window, splits, dtype)
+        for (rope, window), splits, dtype in product(turns, (3, None) if quick else (1, 3, None), dtypes):
+            name = f"attention {sizes} {rope=} {window=} {splits=} {dtype}"
+            yield name, partial(compare, sizes, rope, window, splits, dtype)
 
 
 def inputs(sizes: tuple[int, ...], rope: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
