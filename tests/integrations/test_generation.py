@@ -14,7 +14,7 @@ from qpc.integrations import attention
 from qpc.integrations.decoder import Decoder, Stepping
 from qpc.integrations.generation import CAPACITY_STEP
 from qpc.integrations.prompts import TextStream
-from tests.compiled import DEVICES, compiled_pair
+from tests.compiled import BUDGET, DEVICES, compiled_pair
 from tests.families import FAMILIES, PLAIN, VOCABULARY, model
 
 NEW = 24
@@ -55,6 +55,29 @@ def test_equals_transformers_token_for_token(family: str, device: str) -> None:
         assert torch.equal(found.tokens, by_transformers(network, tokens, mask, stop))
         assert found.lengths[0] == free[0].tolist().index(stop) + 1
         assert all(int(row[-1]) == stop or len(row) == NEW for row in found.sequences)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_both_doors_generate_the_same(family: str, device: str) -> None:
+    """A model that is compiled in place by the backend: one graph for the prompt and one for the step, without a break."""
+    network, (tokens, mask) = FAMILIES[family]().to(device), prompts(device)
+    expected = qpc.generate(compiled_pair(family, device)[1], tokens, attention_mask=mask, max_new_tokens=NEW, stop=(), stepping="eager")
+    options = {"budget": BUDGET, "effort": "fast", "tune": "off", "inner": "eager"}
+    network.compile(backend="qpalette", options=options, fullgraph=True)
+    counters.clear()
+    graphs: list[int] = []
+    found = qpc.generate(
+        network,
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        stop=(),
+        stepping="eager",
+        on_tokens=lambda _: graphs.append(counters["stats"]["unique_graphs"]),
+    )
+    assert torch.equal(found.tokens, expected.tokens)
+    assert graphs[1] == graphs[-1] and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
