@@ -152,7 +152,7 @@ def compile_ahead(jobs: Sequence[Job], setting: Setting) -> None:
     """Run each job's step once in a process of its own. What fails here fails again where it is reported."""
     started_s = time.monotonic()
     workers = max(1, min(MAX_WORKERS, len(jobs), (os.cpu_count() or 2) - 2))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # of each
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # of each process
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         errors = [future.exception() for future in [pool.submit(step_once, job, setting) for job in jobs]]
     print(f"{len(jobs)} steps compiled in {time.monotonic() - started_s:.0f} s, {workers} at a time", flush=True)

@@ -6,6 +6,7 @@ On a machine without integer tensor cores operands are made and multiplied by th
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,14 +138,38 @@ def test_both_doors_fuse_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found[0] - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_lengths_are_compiled_twice_at_most() -> None:
+def test_lengths_are_compiled_twice() -> None:
     """For the first length, and for any other."""
     model = grouped("llama")
     compiled = torch.compile(model, backend="inductor", fullgraph=True)
     torch._dynamo.utils.counters.clear()
     for length in (20, 19, 7, 18, 12):
         assert (logits(compiled, TOKENS[:, :length]) - logits(model, TOKENS[:, :length])).norm() <= 1e-3
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+class Logits(nn.Module):
+    """A model that takes tokens by position and returns a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return result
+
+
+def test_exports_and_packages_ahead_of_time(tmp_path: Path) -> None:
+    model = grouped("llama")
+    expected = logits(model)
+    with torch.no_grad():
+        exported = torch.export.export(Logits(model), (TOKENS,), strict=False)
+    torch.testing.assert_close(exported.module()(TOKENS), expected)
+    targets = Counter(str(node.target) for node in exported.graph.nodes)
+    assert targets["qpc.trellis_linear.default"] == targets["qpc.rotate.default"] == 8, "one for each group"
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_stay_where_they_are_for_cuda_graphs() -> None:
