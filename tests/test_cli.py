@@ -292,6 +292,14 @@ def test_generate_repeats_with_its_seed(run: Run, compiled: Path) -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_generate_compiles_the_step_if_asked(run: Run, compiled: Path) -> None:
+    plain, fast = (
+        json.loads(run("generate", compiled, "Once", "--max-new-tokens", "4", "--json", *how).out) for how in ((), ("--compile",))
+    )
+    assert fast["results"] == plain["results"]
+    assert (plain["stepping"], fast["stepping"]) == ("graph" if torch.cuda.is_available() else "eager", "compiled")
+
+
 def test_generate_needs_room(run: Run, compiled: Path) -> None:
     refused(run("generate", compiled, "Once", "--max-new-tokens", "1000"), "256 positions")
 

@@ -34,12 +34,15 @@ class Generated:
 
     tokens: int64 [batch, new] on the CPU, without the prompts; behind its stop token a sequence is padded. lengths: tokens of each
     sequence, stop token included. first_token_s: from the call to the first token of each sequence. elapsed_s: to the last.
+    stepping: how steps ran. attention: why they attended as the model does by itself; None: by `qpc::decode_attention`.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     first_token_s: float
     elapsed_s: float
+    stepping: Stepping
+    attention: str | None
 
     @property
     def sequences(self) -> list[Tensor]:
@@ -106,7 +109,8 @@ def generate(
     finally:
         for module in training:
             module.training = True
-    return Generated(torch.tensor(columns).T.contiguous(), tuple(lengths), first_token_s, time.monotonic() - started_s)
+    made, elapsed_s = torch.tensor(columns).T.contiguous(), time.monotonic() - started_s
+    return Generated(made, tuple(lengths), first_token_s, elapsed_s, decoder.stepping, decoder.attention)
 
 
 def _columns(decoder: Decoder, count: int, greedy: bool) -> Iterator[list[int]]:

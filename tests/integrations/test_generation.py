@@ -51,6 +51,8 @@ def test_equals_transformers_token_for_token(family: str, device: str) -> None:
         stop = int(free[0, NEW // 2])
         found = qpc.generate(network, tokens, attention_mask=mask, max_new_tokens=NEW, stop=())
         assert torch.equal(found.tokens, free) and found.lengths == (NEW,) * 3
+        assert found.stepping is (Stepping.GRAPH if device == "cuda" else Stepping.EAGER)
+        assert device != "cpu" or "on a CPU" in str(found.attention)
         found = qpc.generate(network, tokens, attention_mask=mask, max_new_tokens=NEW, stop=[stop])
         assert torch.equal(found.tokens, by_transformers(network, tokens, mask, stop))
         assert found.lengths[0] == free[0].tolist().index(stop) + 1
