@@ -45,11 +45,13 @@ def build(kind: Kind, sizes: dict[str, Any], device: torch.device, shared: bool 
 
     shared: let all bfloat16 matrices be the same memory: a model that says nothing, for compiling ahead in little memory.
     """
-    from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    config = LlamaConfig(**sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # whose frequencies are numbers that count
     draw = torch.Generator().manual_seed(0)
     if kind.bits is not None:
         for layer in model.model.layers:

@@ -25,13 +25,11 @@ class GraphPass(CustomGraphPass):
         self.before = before
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite a graph in place; one without operators of qpc is left as it is."""
+        """Rewrite a graph in place; one without operators of qpc stays as it is."""
         for other in self.before:
             other(graph)
-        if any(str(node.target).startswith("qpc.") for node in graph.nodes):
-            merge_equal(graph)
-            fuse_norms(graph)
-            fuse_ropes(graph)
+        if merge_equal(graph) + fuse_norms(graph) + fuse_ropes(graph):
+            graph.eliminate_dead_code()
             graph.lint()
 
     def uuid(self) -> object | None:

@@ -34,11 +34,6 @@ def is_call(node: object, *targets: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Positional arguments, behind which those given by name come in the order of the call."""
-    return (*node.args, *node.kwargs.values())
-
-
 def unconverted(node: Any) -> Any:
     """What a value was before its dtype changed."""
     return node.args[0] if is_call(node, prims.convert_element_type.default, aten._to_copy.default) else node

@@ -32,7 +32,8 @@ def fuse_norms(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if is_call(node, ROTATE) and _fuse(graph, node):
             fused += 1
-    graph.eliminate_dead_code()
+    if fused:
+        graph.eliminate_dead_code()
     return fused
 
 

@@ -39,7 +39,6 @@ def fuse_ropes(graph: fx.Graph) -> int:
             for key in STRIDES:
                 node.meta.pop(key, None)
             fused += 1
-    graph.eliminate_dead_code()
     return fused
 
 

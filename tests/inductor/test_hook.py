@@ -107,6 +107,24 @@ def test_launches_of_a_layer() -> None:
     assert more - few == 2 * 10, "so far"
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_rotary_embedding_goes_into_attention_without_packed_weights(family: str) -> None:
+    turned: list[bool] = []
+    register()
+    ours = inductor.post_grad_custom_pre_pass
+
+    def look(graph: fx.Graph) -> None:
+        ours(graph)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.auto_functionalized_v2):
+            turned.append(node.kwargs["cos"] is not None)
+
+    model = FAMILIES[family]()
+    with inductor.patch(post_grad_custom_pre_pass=look):
+        found = decoded(model, Stepping.COMPILED, fused_attention=True)
+    assert found == decoded(model, Stepping.EAGER, fused_attention=True)
+    assert turned == [family != "gpt2"] * 2
+
+
 def test_attention_of_the_model_stays_where_it_is_asked_for() -> None:
     model = grouped("gemma3")
     counts = seen(lambda: decoded(model, Stepping.COMPILED, fused_attention=False))
