@@ -77,7 +77,9 @@ class Decoder:
         self._forward: Forward = self._logits
         if stepping is Stepping.COMPILED:
             self._forward = torch.compile(self._logits, fullgraph=True, dynamic=False)
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+        with torch.no_grad():
+            self._logits(self.tokens, self.tokens, self.mask[:, :1])  # makes the places of the cache
         self.attention = self._obstacle() if self.device.type == "cuda" else "the attention of the model is used on a CPU"
 
     @torch.no_grad()
@@ -89,6 +91,7 @@ class Decoder:
         """
         length = tokens.shape[1]
         assert tokens.shape == mask.shape == (self.batch, length) and length < self.capacity, f"{tokens.shape=}, {mask.shape=}"
+        self.ready(temperature == 0)
         self.mask.fill_(1)
         self.mask[:, :length] = mask
         self.starts.copy_((1 - mask).sum(1))
@@ -99,15 +102,22 @@ class Decoder:
         if not bool(logits.isfinite().all()):
             raise ModelError("the logits of the model are not finite")
         self.position.fill_(length)
-        self.ready(temperature == 0)
         self.generator.manual_seed(seed)
         self.tokens.copy_(self._choose(logits, temperature == 0))
 
     @torch.no_grad()
     def ready(self, greedy: bool) -> None:
-        """Capture the step, if steps run in a graph and it was not yet; tokens and position stay as they are."""
-        if self.stepping is not Stepping.EAGER and self.device.type == "cuda" and greedy not in self._graphs:
+        """Compile and capture the step, if that was not done. Tokens and position stay; what the cache holds at the position does not."""
+        if self.stepping is Stepping.EAGER or greedy in self._graphs:
+            return
+        position, tokens = self.position.clone(), self.tokens.clone()
+        if self.device.type == "cuda":
             self._graphs[greedy] = self._captured(greedy)
+        else:
+            self._graphs[greedy] = None
+            self.step(greedy)
+        self.position.copy_(position)
+        self.tokens.copy_(tokens)
 
     @torch.no_grad()
     def compared(self) -> float:
@@ -121,17 +131,17 @@ class Decoder:
     @torch.no_grad()
     def advance(self, greedy: bool) -> None:
         """One token more for each sequence. greedy: as it was begun."""
-        if greedy in self._graphs:
-            self._graphs[greedy].replay()
-        else:
+        graph = self._graphs.get(greedy)
+        if graph is None:
             self.step(greedy)
+        else:
+            graph.replay()
 
     @torch.no_grad()
     def _obstacle(self) -> str | None:
         """Why `qpc::decode_attention` cannot take the place of the model's attention. A cache full of random keys and values tells."""
         if not getattr(self.model, "_supports_attention_backend", False):
             return f"the layers of {type(self.model).__name__} do not let another attention take the place of theirs"
-        self._logits(self.tokens, self.tokens, self.mask[:, :1])  # makes the places
         draw = torch.Generator(self.device).manual_seed(0)
         for layer in self.cache.fixed:
             if layer.keys is None or layer.values is None or layer.keys.shape != layer.values.shape:
@@ -193,15 +203,14 @@ class Decoder:
         return (probabilities / times).argmax(1, keepdim=True)
 
     def _captured(self, greedy: bool) -> torch.cuda.CUDAGraph:
-        """A graph of one step. The steps before it write keys and values where the first real step writes them anew."""
+        """A graph of one step, of which some run before."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        begin, first = self.position.clone(), self.tokens.clone()
+        position = self.position.clone()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
+                self.position.copy_(position)
                 self.step(greedy)
-                self.position.copy_(begin)
-                self.tokens.copy_(first)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)

@@ -33,12 +33,14 @@ class Generated:
     """What `generate` returns.
 
     tokens: int64 [batch, new] on the CPU, without the prompts; behind its stop token a sequence is padded. lengths: tokens of each
-    sequence, stop token included. first_token_s: from the call to the first token of each sequence. elapsed_s: to the last.
+    sequence, stop token included. prepare_s: until the step was compiled or captured, if it was not. first_token_s: from then to the first
+    token of each sequence. elapsed_s: to the last.
     stepping: how steps ran. attention: why they attended as the model does by itself; None: by `qpc::decode_attention`.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    prepare_s: float
     first_token_s: float
     elapsed_s: float
     stepping: Stepping
@@ -81,19 +83,21 @@ def generate(
 
     Raises `SettingsError` for arguments that do not fit, `ModelError` for a model that cannot generate.
     """
-    started_s = time.monotonic()
+    called_s = time.monotonic()
     prompts, mask = _padded(tokens, attention_mask)
     batch, length = prompts.shape
     _check_limits(model, length, max_new_tokens, temperature)
     stops = _stop_tokens(model) if stop is None else tuple(stop)
     padding = _padding_token(model, stops)
-    decoder = _decoder(model, batch, length + max_new_tokens, stepping)
     lengths, first_token_s = [0] * batch, 0.0
     columns: list[list[int]] = []
     running = [True] * batch
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        decoder = _decoder(model, batch, length + max_new_tokens, stepping)
+        decoder.ready(temperature == 0)
+        started_s = time.monotonic()
         decoder.begin(prompts, mask, temperature, seed)
         for column in _columns(decoder, max_new_tokens, temperature == 0):
             if not columns:
@@ -110,7 +114,7 @@ def generate(
         for module in training:
             module.training = True
     made, elapsed_s = torch.tensor(columns).T.contiguous(), time.monotonic() - started_s
-    return Generated(made, tuple(lengths), first_token_s, elapsed_s, decoder.stepping, decoder.attention)
+    return Generated(made, tuple(lengths), started_s - called_s, first_token_s, elapsed_s, decoder.stepping, decoder.attention)
 
 
 def _columns(decoder: Decoder, count: int, greedy: bool) -> Iterator[list[int]]:

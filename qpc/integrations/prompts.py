@@ -61,7 +61,11 @@ class Continued:
         """For machines: times in seconds, tokens with their stop tokens; `stepping` and `attention` as `Generated` has them."""
         lengths = self.generated.lengths
         each = [{"prompt": p, "text": t, "tokens": n} for p, t, n in zip(self.prompts, self.texts, lengths, strict=True)]
-        times = {"first_token_s": round(self.generated.first_token_s, 4), "elapsed_s": round(self.generated.elapsed_s, 4)}
+        times = {
+            "prepare_s": round(self.generated.prepare_s, 4),
+            "first_token_s": round(self.generated.first_token_s, 4),
+            "elapsed_s": round(self.generated.elapsed_s, 4),
+        }
         how = {"stepping": str(self.generated.stepping), "attention": self.generated.attention}
         return {"results": each} | times | {"tokens_per_second": round(self.generated.tokens_per_second, 2)} | how
 

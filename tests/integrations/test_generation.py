@@ -97,6 +97,7 @@ def test_a_compiled_step_is_compiled_once(family: str, device: str) -> None:
     assert torch.equal(found.tokens, expected)
     again = qpc.generate(network, tokens[:, 3:], attention_mask=mask[:, 3:] | 1, **options)
     assert again.tokens.shape == (3, NEW)
+    assert found.prepare_s > again.prepare_s, "compiled once, before the clock of the tokens begins"
     assert graphs[-1] == 1 == counters["stats"]["unique_graphs"] and not counters["graph_break"]
 
 
