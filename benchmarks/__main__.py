@@ -20,6 +20,7 @@ BENCHMARKS = {
     "transform": "rotation of activations on a GPU, and RMSNorm",
     "profile": "the latency table of a GPU",
     "layer": "the linears of a decoder layer on a GPU, predicted from such a table and measured",
+    "decode": "a whole model that generates on a GPU, against bf16",
     "report": "a Markdown report and plots from the result files of a GPU",
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import require_gpu
-from tests.kernels import large_batch_cases
+from tests.kernels import attention_cases, large_batch_cases
 from tests.kernels.cases import FULL, SMALL, Check, cases
 
 MOST_WORKERS = 12
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
 
 def _selected(quick: bool, only: str) -> Iterator[tuple[str, Check]]:
     """The comparisons that were asked for."""
-    every = chain(cases(SMALL if quick else FULL), large_batch_cases.cases(quick))
+    every = chain(cases(SMALL if quick else FULL), large_batch_cases.cases(quick), attention_cases.cases(quick))
     return ((name, comparison) for name, comparison in every if only in name)
 
 

@@ -14,21 +14,27 @@ if TYPE_CHECKING:
     from qpc.calibration import SelfSampled
     from qpc.checkpoint import is_checkpoint
     from qpc.compiler import compile, report_of
+    from qpc.integrations.generation import Generated, generate
     from qpc.integrations.storage import load, save
     from qpc.passes.tune import Tuning
     from qpc.planner import Plan, plan
     from qpc.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Plan", "QpcError", "Report", "SelfSampled", "Tuning", "compile", "is_checkpoint", "load", "plan", "report_of", "save"]
+__all__ = [
+    "Budget", "Generated", "Plan", "QpcError", "Report", "SelfSampled", "Tuning", "compile", "generate", "is_checkpoint", "load", "plan",
+    "report_of", "save",
+]  # fmt: skip
 
 _HOMES = {
     "Budget": "qpc.budget",
+    "Generated": "qpc.integrations.generation",
     "Plan": "qpc.planner",
     "Report": "qpc.report",
     "SelfSampled": "qpc.calibration",
     "Tuning": "qpc.passes.tune",
     "compile": "qpc.compiler",
+    "generate": "qpc.integrations.generation",
     "is_checkpoint": "qpc.checkpoint",
     "load": "qpc.integrations.storage",
     "plan": "qpc.planner",

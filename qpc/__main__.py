@@ -235,42 +235,35 @@ def inspect(
 @app.command()
 def generate(
     model: Compiled,
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue, together.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Seed = 0,
+    compiled_step: Annotated[bool, typer.Option("--compile", help="Compile the step of one token first, which takes a while.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt."""
-    import torch
+    """Continue prompts. The text of a single one is printed as it comes."""
+    from qpc.integrations.decoder import Stepping
+    from qpc.integrations.prompts import continue_prompts
 
     network, tokenizer = load_any(model, device)
-    tokenizer = required(tokenizer, model)
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(network.parameters()).device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UsageError("the prompt has no tokens; give at least one character")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    torch.manual_seed(seed)
-    start_s = time.monotonic()
-    generator: Any = network
-    output = generator.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+    live = len(prompts) == 1 and not as_json
+    found = continue_prompts(
+        network,
+        required(tokenizer, model),
+        prompts,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )[0]
-    elapsed_s = time.monotonic() - start_s
-    fresh = output[inputs["input_ids"].shape[1] :]
-    text = tokenizer.decode(fresh, skip_special_tokens=True)
+        temperature=temperature,
+        seed=seed,
+        stepping=Stepping.COMPILED if compiled_step else None,
+        on_text=lambda _, piece: show_text(piece if live else ""),
+    )
     if as_json:
-        print_json({"prompt": prompt, "text": text, "tokens": fresh.numel(), "elapsed_s": round(elapsed_s, 3)})
-    else:
-        print(prompt + text)
-        print(f"{fresh.numel()} tokens, {fresh.numel() / elapsed_s:.1f} tokens/s", file=sys.stderr)
+        print_json(found.to_json())
+        return
+    print("" if live else "\n\n".join(prompt + text for prompt, text in zip(prompts, found.texts, strict=True)))
+    Console(stderr=True, highlight=False).print(found.speed, style="dim")
 
 
 @app.command("eval")
@@ -364,6 +357,11 @@ def show_plan(plan: "Plan") -> None:
             console.print()
     for line in notes(plan):
         console.print(line, style="dim")
+
+
+def show_text(piece: str) -> None:
+    """Print a piece of a text at once."""
+    print(piece, end="", flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from qpc.compiler import build, decide, lowering
 from qpc.errors import CaptureError, SettingsError
+from qpc.inductor.hook import register
 from qpc.ir.program import Program
 from qpc.options import Options
 from qpc.passes.adopt import Adopt
@@ -43,6 +45,7 @@ LEGAL = (
     "gpu",
     "batch",
     "inner",
+    "mode",
 )
 CACHE = "_qpc_program"
 """Attribute of a module that holds its program, with the options and versions of the weights that it was made from."""
@@ -50,12 +53,22 @@ _COUNT = itertools.count()
 """Numbers the graphs of this process in the dumps."""
 
 
+class Mode(StrEnum):
+    """Modes of Inductor, as `torch.compile` names them; it takes none beside options. REDUCE_OVERHEAD: launches go into CUDA graphs."""
+
+    DEFAULT = "default"
+    REDUCE_OVERHEAD = "reduce-overhead"
+    MAX_AUTOTUNE = "max-autotune"
+    MAX_AUTOTUNE_NO_CUDAGRAPHS = "max-autotune-no-cudagraphs"
+
+
 @dataclass(frozen=True)
 class BackendOptions:
-    """Options of the backend. inner: the backend that compiles the lowered graph."""
+    """Options of the backend. inner: the backend that compiles the lowered graph. mode: that of Inductor."""
 
     options: Options
     inner: str = "inductor"
+    mode: Mode = Mode.DEFAULT
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None) -> "BackendOptions":
@@ -70,7 +83,12 @@ class BackendOptions:
         known = [name for name in list_backends(None) if name != "qpalette"]
         if inner not in known:
             raise SettingsError(f"unknown inner backend {inner!r}; known: {', '.join(known)}")
-        return BackendOptions(Options.of(**given, fold=False), inner)
+        named = given.pop("mode", None)
+        if named is not None and named not in list(Mode):
+            raise SettingsError(f"unknown mode {named!r}; known: {', '.join(Mode)}")
+        if named is not None and inner != "inductor":
+            raise SettingsError(f"mode={named!r} is one of Inductor, but the inner backend is {inner!r}; leave one of them out")
+        return BackendOptions(Options.of(**given, fold=False), inner, Mode(named or Mode.DEFAULT))
 
 
 def qpalette(
@@ -79,8 +97,8 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner`.
-    mode: passed to Inductor.
+        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner` and `mode` as in `BackendOptions`.
+    mode: the same, where `torch.compile` was given one.
 
     Nothing is folded here: what a graph gets from outside (hidden states, caches) is not known to be rotated. A model that `qpc.compile`
     folded can be compiled by any backend.
@@ -93,7 +111,8 @@ def qpalette(
         _name_sources(graph_module)
     compile_inner = lookup_backend(parsed.inner)
     if parsed.inner == "inductor":
-        compile_inner = torch._TorchCompileInductorWrapper(mode, None, None)  # type: ignore[no-untyped-call]
+        register()
+        compile_inner = torch._TorchCompileInductorWrapper(mode or str(parsed.mode), None, None)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         compiled = compile_inner(program.graph_module, list(example_inputs))
 

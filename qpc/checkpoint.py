@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from qpc.compiler import report_of
 from qpc.errors import CheckpointError
+from qpc.inductor.hook import register
 from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.gain import TurnedGain
-from qpc.kernels.linear import QuantizedLinear, stack_rows
-from qpc.kernels.packed_module import PackedModule, tie, tied_groups
+from qpc.kernels.linear import QuantizedLinear, join
+from qpc.kernels.packed_module import PackedModule, share_signs, tie, tied_groups
 from qpc.quant import palette
-from qpc.quant.layout import BLOCK_ROWS
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation
 from qpc.report import Report
@@ -195,6 +195,7 @@ def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch
     for sharing in tied_groups(module for module in model.modules() if isinstance(module, PackedModule)):
         tie(sharing)
     model.qpc_report = result  # type: ignore[assignment]
+    register()
     return model.eval()
 
 
@@ -204,15 +205,8 @@ def regroup(model: nn.Module, plan: Report) -> None:
         linears = [module for module in map(model.get_submodule, members) if isinstance(module, QuantizedLinear)]
         if len(linears) != len(members):
             raise CheckpointError(f"the group of {members[0]} names linears that are not quantized; the checkpoint is damaged")
-        codes, scales = stack_rows([linear.packed for linear in linears])
-        start = 0
-        for linear in linears:
-            rows = linear.scales.numel() // BLOCK_ROWS
-            for index, part in enumerate(codes):
-                setattr(linear, f"codes{index}", part[start : start + rows])
-            linear.scales = scales[start * BLOCK_ROWS : (start + rows) * BLOCK_ROWS]
-            linear.signs = linears[0].signs
-            start += rows
+        join(linears)
+    share_signs(module for module in model.modules() if isinstance(module, PackedModule))
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,14 +13,15 @@ from qpc.budget import PS_PER_S, Budget
 from qpc.calibration import Samples, SelfSampled, collect
 from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import ModelError, QpcError
+from qpc.inductor.hook import register
 from qpc.ir.annotation import Annotation, annotation, site_of
 from qpc.ir.outline import outline
 from qpc.ir.program import Program
 from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
-from qpc.kernels.linear import QuantizedLinear
-from qpc.kernels.packed_module import PackedModule, tie
+from qpc.kernels.linear import QuantizedLinear, join
+from qpc.kernels.packed_module import PackedModule, share_signs, tie
 from qpc.latency import LatencyModel
 from qpc.options import Options
 from qpc.passes.base import Pass
@@ -247,7 +248,10 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def install(program: Program) -> nn.Module:
-    """A copy of the program's module tree with quantized linears, tables and tuned parameters; every other tensor is shared with it."""
+    """A copy of the program's module tree with quantized linears, tables and tuned parameters; every other tensor is shared with it.
+
+    Wherever Inductor compiles it in this process, linears that were grouped run as one.
+    """
     model = program.module
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for name, value in program.tuned.items():
@@ -265,6 +269,11 @@ def install(program: Program) -> nn.Module:
         for name, module in zip(table.names, readers, strict=True):
             result.set_submodule(name, module)
         tie(readers)
+    for members in {note.group.members for note in program.decisions.values() if note.group is not None and note.quantizer is not None}:
+        if len(members) > 1:
+            join([module for module in map(result.get_submodule, members) if isinstance(module, QuantizedLinear)])
+    share_signs(module for module in result.modules() if isinstance(module, PackedModule))
+    register()
     return result
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -44,6 +45,24 @@ def test_inductor_runs_the_lowered_graph(device: str) -> None:
     expected = logits(compiled)
     found = logits(torch.compile(model, backend="qpalette", options={**OPTIONS, "inner": "inductor"}))
     assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_mode_asks_for_cuda_graphs_and_weights_stay_in_place() -> None:
+    """What a graph may not rely on the address of would be copied before each replay: here only what the caller gives."""
+    seen: list[tuple[bool, int]] = []
+
+    def spy(graph: torch.fx.Graph) -> None:
+        metadata = torch._guards.TracingContext.get().fw_metadata
+        assert metadata is not None
+        moving = len(graph.find_nodes(op="placeholder")) - len(set(metadata.static_input_indices))
+        seen.append((inductor.triton.cudagraphs, moving))
+
+    options = {**OPTIONS, "inner": "inductor", "calibration": None, "sensitivity": "random"}
+    with inductor.patch(post_grad_custom_pre_pass=spy, fx_graph_cache=False):
+        for mode in ("default", "reduce-overhead"):
+            torch.compiler.reset()
+            logits(torch.compile(FAMILIES["llama"](), backend="qpalette", options={**options, "mode": mode}, dynamic=False))
+    assert seen == [(False, 1), (True, 1)]
 
 
 def test_a_new_shape_does_not_pack_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +164,8 @@ def test_graph_without_linears() -> None:
         ({"budget": 3, "bits": 4}, "'bits'.*known: budget"),
         ({"budget": 3, "calibration": "nowhere"}, "neither 'self' nor 'none'"),
         ({"budget": 3, "inner": "nonsense"}, "unknown inner backend"),
+        ({"budget": 3, "mode": "fast"}, "unknown mode 'fast'; known: default, reduce-overhead"),
+        ({"budget": 3, "mode": "reduce-overhead", "inner": "eager"}, "leave one of them out"),
         ({"budget": 3, "batch": 0}, "batch=0 must be positive"),
         ({"budget": 3, "sensitivity": "none"}, "must be one of"),
         ({"budget": "3ms", "gpu": "abacus"}, "neither a known GPU"),

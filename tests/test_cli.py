@@ -278,20 +278,50 @@ def test_inspect_makes_a_page(run: Run, compiled: Path, tmp_path: Path) -> None:
 
 def test_generate_continues_the_prompt(run: Run, compiled: Path, tiny_directory: Path) -> None:
     for directory in (compiled, tiny_directory):
-        outcome = run("generate", directory, "--prompt", "Once", "--max-new-tokens", "5")
+        outcome = run("generate", directory, "Once", "--max-new-tokens", "5")
         assert outcome.code == 0, outcome.err
         assert outcome.out.startswith("Once")
-        assert outcome.err.startswith("5 tokens, ")
+        assert outcome.err.startswith("5 tokens, the first after ") and "tokens/s" in outcome.err
+
+
+def test_generate_continues_several_prompts_as_each_alone(run: Run, compiled: Path) -> None:
+    prompts = ("Once upon", "A")
+    together = json.loads(run("generate", compiled, *prompts, "--max-new-tokens", "9", "--json").out)
+    alone = [json.loads(run("generate", compiled, each, "--max-new-tokens", "9", "--json").out)["results"][0] for each in prompts]
+    assert together["results"] == alone
+    assert 0 < together["first_token_s"] < together["elapsed_s"] and together["tokens_per_second"] > 0
+    shown = run("generate", compiled, *prompts, "--max-new-tokens", "9").out
+    assert shown == "\n\n".join(each["prompt"] + each["text"] for each in alone) + "\n"
+
+
+def test_generate_prints_as_it_goes_what_it_reports(run: Run, compiled: Path) -> None:
+    options = ("Once", "--max-new-tokens", "20", "--temperature", "2")
+    assert (
+        run("generate", compiled, *options).out
+        == "Once" + json.loads(run("generate", compiled, *options, "--json").out)["results"][0]["text"] + "\n"
+    )
 
 
 def test_generate_repeats_with_its_seed(run: Run, compiled: Path) -> None:
     def drawn(seed: int) -> Any:
         options = ("--max-new-tokens", "12", "--temperature", "1", "--seed", str(seed), "--json")
-        result = json.loads(run("generate", compiled, "--prompt", "Once", *options).out)
+        (result,) = json.loads(run("generate", compiled, "Once", *options).out)["results"]
         assert result["tokens"] == 12
         return result["text"]
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_generate_compiles_the_step_if_asked(run: Run, compiled: Path) -> None:
+    plain, fast = (
+        json.loads(run("generate", compiled, "Once", "--max-new-tokens", "4", "--json", *how).out) for how in ((), ("--compile",))
+    )
+    assert fast["results"] == plain["results"]
+    assert (plain["stepping"], fast["stepping"]) == ("graph" if torch.cuda.is_available() else "eager", "compiled")
+
+
+def test_generate_needs_room(run: Run, compiled: Path) -> None:
+    refused(run("generate", compiled, "Once", "--max-new-tokens", "1000"), "256 positions")
 
 
 def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Path, text: Path) -> None:
@@ -338,7 +368,7 @@ def test_bad_options_of_compile(run: Run, tiny_directory: Path, tmp_path: Path, 
 
 def test_missing_model(run: Run, tmp_path: Path) -> None:
     refused(run("compile", tmp_path / "none", "-o", tmp_path / "out", "--bits", "4"), "none does not exist")
-    for command in (("generate", "--prompt", "a"), ("eval", "--text", __file__)):
+    for command in (("generate", "a"), ("eval", "--text", __file__)):
         refused(run(command[0], tmp_path / "none", *command[1:]), "none does not exist")
     refused(run("inspect", tmp_path / "none"), "none")
     assert not any(tmp_path.iterdir())
@@ -354,7 +384,7 @@ def test_weights_that_are_not_finite(run: Run, tiny_directory: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == [model]
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a"), ("eval", "--text", __file__)])
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "a"), ("eval", "--text", __file__)])
 def test_damaged_checkpoints(run: Run, compiled: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
     def attempt(directory: Path) -> Outcome:
         return run(command[0], directory, *command[1:])
@@ -409,7 +439,7 @@ def test_bad_texts(run: Run, tiny_directory: Path, text: Path, tmp_path: Path) -
 def test_a_model_without_tokenizer_cannot_read(run: Run, tiny_directory: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_directory / name, tmp_path / name)
-    refused(run("generate", tmp_path, "--prompt", "a"), "no tokenizer")
+    refused(run("generate", tmp_path, "a"), "no tokenizer")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

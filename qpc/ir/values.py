@@ -123,8 +123,13 @@ def _key(argument: Any, same: dict[fx.Node, fx.Node]) -> Hashable:
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Erase nodes whose values nothing needs, but none that opens or closes a level of `vmap`.
+    """Erase nodes whose values nothing needs, but none that writes to a tensor in place, or opens or closes a level of `vmap`.
 
-    Some versions of transformers build attention masks by `vmap`, which a captured graph holds as calls that return nothing.
+    torch.fx takes a method that writes for one without effect; a graph of Dynamo writes to a cache of keys and values by methods. Some
+    versions of transformers build attention masks by `vmap`, which a captured graph holds as calls that return nothing.
     """
-    graph.eliminate_dead_code(lambda node: node.is_impure() or getattr(node.target, "__module__", None) == "torch._functorch.predispatch")
+    graph.eliminate_dead_code(_has_effect)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.is_impure() or _writes(node) or getattr(node.target, "__module__", None) == "torch._functorch.predispatch"

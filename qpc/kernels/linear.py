@@ -12,7 +12,7 @@ from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it re
 from qpc.kernels.launch import MAX_BATCH
 from qpc.kernels.ops import trellis_parts
 from qpc.kernels.packed_module import PackedModule
-from qpc.quant.layout import BLOCK_ROWS
+from qpc.kernels.row_group import RowGroup
 from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -45,12 +45,15 @@ class QuantizedLinear(PackedModule):
     A trellis weight reads the operand of the integer multiplication where that runs (`qpc.kernels.fused`), if there are few rows.
     While a graph is traced, a symbolic number of rows is left as it is; `qpc::trellis_linear` packs its operand by itself if they are few
     when it runs.
+
+    group: the linears that its rows are stacked with, if there are any (`join`).
     """
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
         """An empty one, on the meta device."""
         super().__init__(out_features, in_features, quantizer, block)
         self.bias = bias
+        self.group: RowGroup | None = None
         self._operator, self._code = operator(quantizer, in_features)
 
     @staticmethod
@@ -61,15 +64,36 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
+        group = self.group
+        if group is not None and group.whole and torch.compiler.is_compiling():
+            return group.traced(self, x, self._product_of)
+        return self._product(x, self.signs, self.codes, self.scales, self.bias, self.out_features)
+
+    def _product_of(self, group: RowGroup, x: Tensor) -> Tensor:
+        return self._product(x, group.signs, group.codes, group.scales, group.bias, group.out_features)
+
+    def _product(
+        self, x: Tensor, signs: Tensor, codes: tuple[Tensor, ...], scales: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        weight = (list(codes), scales, bias, *self._code, out_features)
+        result: Tensor
         if self._takes_operand(x):
-            operand = torch.ops.qpc.rotate_operand(x, self.signs, self.block) if self.block else torch.ops.qpc.pack_operand(x)
-            weight = (list(self.codes), self.scales, self.bias, *self._code, self.out_features)
-            rows: Tensor = torch.ops.qpc.operand_linear(*operand, *weight, x.dtype)
-            return rows.reshape(*x.shape[:-1], self.out_features)
-        if self.block:
-            x = torch.ops.qpc.rotate(x, self.signs, self.block)
-        result: Tensor = self._operator(x, list(self.codes), self.scales, self.bias, *self._code, self.out_features)
+            operand = torch.ops.qpc.rotate_operand(x, signs, self.block) if self.block else torch.ops.qpc.pack_operand(x)
+            result = torch.ops.qpc.operand_linear(*operand, *weight, x.dtype).reshape(*x.shape[:-1], out_features)
+        else:
+            result = self._operator(torch.ops.qpc.rotate(x, signs, self.block) if self.block else x, *weight)
         return result
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        if self.group is not None:
+            self.group.join()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.group is not None:
+            self.group.join()
 
     def _takes_operand(self, x: Tensor) -> bool:
         if self._operator is not torch.ops.qpc.trellis_linear.default:
@@ -81,14 +105,8 @@ class QuantizedLinear(PackedModule):
         return f"{self.in_features} -> {self.out_features}, {self.quantizer}, bias={self.bias is not None}"
 
 
-def stack_rows(weights: Sequence[PackedWeight]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Codes and scales of several weights of one quantizer and one rotation as those of a single one.
-
-    All but the last must have out_features divisible by 64, so that no padding row lies between two members.
-    """
-    assert all(w.out_features % BLOCK_ROWS == 0 for w in weights[:-1]), "padding rows inside a group"
-    assert len({w.quantizer for w in weights}) == 1, "a group shares one quantizer"
-    if len(weights) == 1:
-        return weights[0].codes, weights[0].scales
-    codes = tuple(torch.cat(parts) for parts in zip(*(w.codes for w in weights), strict=True))
-    return codes, torch.cat([w.scales for w in weights])
+def join(linears: Sequence[QuantizedLinear]) -> None:
+    """Make the weights of linears row ranges of one, in this order; what they need in common is said by `RowGroup`."""
+    group = RowGroup(linears)
+    for linear in linears:
+        linear.group = group

@@ -35,6 +35,7 @@ class PackedModule(nn.Module):
         signs = Rotation.bytes_for(in_features) if block else 0
         self.register_buffer("signs", torch.empty(signs, dtype=torch.uint8, device="meta"))
         self._tied: list[PackedModule] = []
+        self._alike: list[PackedModule] = []
 
     def take(self, packed: PackedWeight) -> Self:
         """Share the tensors of a packed weight of this shape, quantizer and block. Returns the module."""
@@ -64,6 +65,9 @@ class PackedModule(nn.Module):
         moved = next((other for other in self._tied if other is not self and other.scales.device == self.scales.device), None)
         if moved is not None:
             self.take(moved.packed)
+        signs = next((other.signs for other in self._alike if other is not self and other.signs.device == self.signs.device), None)
+        if signs is not None:
+            self.signs = signs
         return self
 
 
@@ -73,6 +77,18 @@ def tie(modules: Sequence[PackedModule]) -> None:
         module.take(modules[0].packed)
         module.signs = modules[0].signs
         module._tied = list(modules)
+
+
+def share_signs(modules: Iterable[PackedModule]) -> None:
+    """Let modules that rotate alike have one tensor of signs, also when they are moved: a node of a graph can then rotate for all."""
+    found: dict[tuple[int, int, torch.device, bytes], list[PackedModule]] = {}
+    for module in modules:
+        if module.block:
+            key = (module.in_features, module.block, module.signs.device, module.signs.cpu().numpy().tobytes())
+            found.setdefault(key, []).append(module)
+    for alike in found.values():
+        for module in alike:
+            module.signs, module._alike = alike[0].signs, alike
 
 
 def tied_groups(modules: Iterable[PackedModule]) -> list[list[PackedModule]]:

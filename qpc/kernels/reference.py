@@ -40,3 +40,37 @@ def linear(
     """`x @ w.T + bias` with the decoded weight; float64 inside, the dtype of `x` outside."""
     weight = dequantize(codes, scales, quantizers, out_features, x.shape[-1])
     return functional.linear(x.double(), weight, None if bias is None else bias.double()).to(x.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, `x cos + rotate_half(x) sin`. x: [batch, heads, n, width]; cos, sin: [batch or 1, n, width]."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    starts: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """`qpc::decode_attention` in float64, from the keys and values that it writes."""
+    wide, fresh = q.double(), k.double()
+    if cos is not None and sin is not None:
+        wide, fresh = turn(wide, cos.double(), sin.double()), turn(fresh, cos.double(), sin.double())
+    keys.index_copy_(2, position[None], fresh.to(keys.dtype))
+    values.index_copy_(2, position[None], v.to(values.dtype))
+    groups = q.shape[1] // keys.shape[1]
+    known, read = (each.double().repeat_interleave(groups, dim=1) for each in (keys, values))
+    place = torch.arange(keys.shape[2], device=q.device)
+    first = starts if window == 0 else starts.maximum(position + 1 - window)
+    there = (place <= position) & (place >= first[:, None])
+    scores = (wide @ known.transpose(2, 3) * scale).masked_fill(~there[:, None, None], float("-inf"))
+    return (scores.softmax(-1) @ read).to(q.dtype).transpose(1, 2).contiguous()

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from qpc.ir.annotation import KEY, FusionGroup, LinearSite, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
-from qpc.kernels.linear import operator, stack_rows
+from qpc.kernels.linear import operator
+from qpc.kernels.row_group import stack_rows
 from qpc.passes.base import Pass, PassResult
 from qpc.quant.layout import BLOCK_ROWS
 

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qpc.capture import capture
-from qpc.ir.values import mutated, representatives
+from qpc.ir.values import mutated, remove_dead_code, representatives
 from tests.families import FAMILIES, captured, plain_inputs
 
 
@@ -80,3 +80,14 @@ def test_a_written_value_is_only_the_same_as_itself() -> None:
 
 def test_nothing_of_a_language_model_is_written_to() -> None:
     assert not mutated(captured("llama").graph)
+
+
+def test_what_writes_is_not_dead_code() -> None:
+    """As Dynamo records an update of a cache: by a method whose result nobody reads."""
+    graph = fx.Graph()
+    cache, new = graph.placeholder("cache"), graph.placeholder("new")
+    graph.call_method("index_copy_", (cache, 0, torch.tensor([1]), new))
+    graph.call_method("add", (new, 1))
+    graph.output(new)
+    remove_dead_code(graph)
+    assert [node.target for node in graph.nodes if node.op == "call_method"] == ["index_copy_"]

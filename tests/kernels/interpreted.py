@@ -6,7 +6,7 @@ from itertools import chain
 
 import torch
 
-from tests.kernels import large_batch_cases
+from tests.kernels import attention_cases, large_batch_cases
 from tests.kernels.cases import SMALL, cases
 
 
@@ -15,7 +15,7 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     count = failed = 0
-    for name, check in chain(cases(SMALL), large_batch_cases.cases(quick=True)):
+    for name, check in chain(cases(SMALL), large_batch_cases.cases(quick=True), attention_cases.cases(quick=True)):
         count += 1
         try:
             check("cpu")

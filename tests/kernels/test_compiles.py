@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
-from qpc.kernels import epilogue, gpu, hadamard, viterbi
+from qpc.kernels import attention, epilogue, gpu, hadamard, viterbi
 from qpc.kernels.code import NO_CODE, Code
 from tests.kernels.compiling import ARCHITECTURES, compile_kernel, instructions, usage
 
@@ -61,6 +61,18 @@ def walk(suffix_bits: int, slots: int, words: int) -> Case:
     )
 
 
+def attend(width: int, group: int, rope: bool) -> Case:
+    """As on GPUs that launch kernels one after another; the other is `test_attention_that_is_launched_early_compiles`."""
+    names = "q k v keys values cos sin out"
+    types = {name: "*bf16" for name in names.split()} | {"position": "*i64", "starts": "*i64", "scale": "fp32"}
+    constants = {
+        "HEADS": 8, "GROUP": group, "ROWS": 16, "WIDTH": width, "SPLITS": 32, "BLOCK": attention.BLOCK, "ROPE": rope,
+        "PRECISION": "tf32", "PDL": False,
+    }  # fmt: skip
+    kernel = attention._attention_kernel
+    return f"attention of heads of {width}", kernel, types | {"partial": "*fp32", "counters": "*i32"}, constants, 4
+
+
 TRACE: Case = ("trace", viterbi._trace_kernel, WALK, {}, 1)
 
 
@@ -76,6 +88,7 @@ KERNELS: list[Case] = [
     *(rotation(*each) for each in ((1, 4096, 1, 16), (28, 512, 2, 4), (1, 32768, 1, 16))),
     *(walk(*each) for each in ((9, 8, 1), (13, 4, 1), (13, 8, 2))),
     TRACE,
+    *(attend(*each) for each in ((64, 3, True), (128, 4, True), (256, 1, False))),
 ]
 
 
@@ -88,3 +101,10 @@ def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: 
     assert used.registers * warps * 32 <= 65536, used
     assert used.shared <= 96 * 1024, used
     assert len(instructions(compiled)) > 10
+
+
+def test_attention_that_is_launched_early_compiles() -> None:
+    _, kernel, types, constants, warps = attend(128, 4, True)
+    compiled = compile_kernel(kernel, types, constants | {"PDL": True}, 90, warps)
+    assert usage(compiled).stack == 0
+    assert any("ACQBULK" in each for each in instructions(compiled)), "it waits for the kernel before"

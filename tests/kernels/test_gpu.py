@@ -21,12 +21,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("part", range(PARTS))
 def test_kernels_match_oracles(part: int) -> None:
     """All comparisons, in parts that several workers can share."""
-    from tests.kernels import large_batch_cases
+    from tests.kernels import attention_cases, large_batch_cases
     from tests.kernels.cases import FULL, cases
 
     torch.manual_seed(0)
     failures = []
-    for name, check in islice(chain(cases(FULL), large_batch_cases.cases(quick=False)), part, None, PARTS):
+    for name, check in islice(
+        chain(cases(FULL), large_batch_cases.cases(quick=False), attention_cases.cases(quick=False)), part, None, PARTS
+    ):
         try:
             check("cuda")
         except AssertionError as error:

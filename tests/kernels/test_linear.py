@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpc.kernels import fused
-from qpc.kernels.linear import QuantizedLinear, operator, stack_rows
+from qpc.kernels.linear import QuantizedLinear, operator
+from qpc.kernels.row_group import stack_rows
 from qpc.kernels.select import Implementation, Support
 from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import PackedWeight, Quantizer
