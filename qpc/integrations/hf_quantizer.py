@@ -67,12 +67,16 @@ class QPaletteHfQuantizer(HfQuantizer):
         shared = [f"^{re.escape(name)}$" for name in self._manifest["aliases"]]
         model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *shared]
         forget_packed_ties(model)
+        for module in packed_modules(model).values():  # GPT-2 initializes the weights of linears by their place, also where all is read
+            module.weight = torch.empty(0, device="cpu")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from qpc import checkpoint
         from qpc.compiler import compile
 
         if self.pre_quantized:
+            for module in packed_modules(model).values():
+                vars(module).pop("weight", None)
             restore(model, self._scales)
             checkpoint.settle(model, self._manifest)
             self._manifest, self._scales = {}, {}
@@ -149,15 +153,20 @@ def keep_ties(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 def restore(model: Any, scales: dict[str, Tensor]) -> None:
     """Undo what transformers did to packed modules: version 4 casts scales, version 5 forgets buffers that no checkpoint holds."""
     from qpc.kernels.embedding import QuantizedEmbedding
+
+    for name, module in packed_modules(model).items():
+        device = module.scales.device
+        if module.scales.dtype != torch.bfloat16:
+            module.scales = scales[f"{name}.scales"].to(device)
+        if isinstance(module, QuantizedEmbedding):
+            module.scale = torch.tensor(module.factor, dtype=model.dtype, device=device)
+
+
+def packed_modules(model: nn.Module) -> dict[str, Any]:
+    """The packed modules of a model by name, under all their names."""
     from qpc.kernels.packed_module import PackedModule
 
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PackedModule):
-            device = module.scales.device
-            if module.scales.dtype != torch.bfloat16:
-                module.scales = scales[f"{name}.scales"].to(device)
-            if isinstance(module, QuantizedEmbedding):
-                module.scale = torch.tensor(module.factor, dtype=model.dtype, device=device)
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, PackedModule)}
 
 
 def adopt(model: nn.Module) -> nn.Module:
