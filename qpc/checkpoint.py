@@ -215,6 +215,9 @@ def regroup(model: nn.Module, plan: Report) -> None:
         linears = [module for module in map(model.get_submodule, members) if isinstance(module, QuantizedLinear)]
         if len(linears) != len(members):
             raise CheckpointError(f"the group of {members[0]} names linears that are not quantized; the checkpoint is damaged")
+        devices = sorted({str(linear.scales.device) for linear in linears})
+        if len(devices) > 1:
+            raise CheckpointError(f"{', '.join(members)} are one weight, and cannot be on {' and '.join(devices)}; put them on one device")
         codes, scales = stack_rows([linear.packed for linear in linears])
         start = 0
         for linear in linears:

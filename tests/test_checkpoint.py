@@ -144,6 +144,16 @@ def test_existing_directory_is_kept_unless_overwriting_succeeds(tmp_path: Path) 
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
+def test_a_group_is_on_one_device() -> None:
+    model = qpc.compile(FAMILIES["llama"]().eval(), budget=3, effort="fast", calibration=None, same_quantizer_in_group=True)
+    report = qpc.report_of(model)
+    checkpoint.regroup(model, report)
+    member = next(row.group[-1] for row in report.rows if len(row.group) > 1)
+    model.get_submodule(member).to("meta")
+    with pytest.raises(CheckpointError, match=f"{member} are one weight, and cannot be on cpu and meta"):
+        checkpoint.regroup(model, report)
+
+
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="writable directory"), checkpoint.replacing(tmp_path / "file" / "out"):

@@ -64,7 +64,7 @@ class QPaletteConfig(QuantizationConfigMixin):
         if self.manifest != MANIFEST or self.budget is not None or self.options:
             raise CheckpointError(
                 f"the quantization_config of a checkpoint of version {FORMAT_VERSION} holds format_version, bits_per_weight and "
-                f"manifest={MANIFEST!r}, got {self.to_dict()}; the checkpoint is damaged"
+                f"manifest={MANIFEST!r} alone, got {vars(self)}; the checkpoint is damaged"
             )
 
     @staticmethod
@@ -76,9 +76,9 @@ class QPaletteConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds. In a request, values that JSON cannot hold are shown as text."""
-        if self.format_version is None:
-            request = {"budget": self.budget, **self.options}
-            plain = (str, int, float, type(None))
-            return {"quant_method": METHOD} | {key: value if isinstance(value, plain) else str(value) for key, value in request.items()}
-        facts = {"format_version": self.format_version, "bits_per_weight": self.bits_per_weight, "manifest": self.manifest}
-        return {"quant_method": METHOD} | facts | ({} if self.budget is None else {"budget": str(self.budget)}) | self.options
+        if self.format_version is not None:
+            facts = {"format_version": self.format_version, "bits_per_weight": self.bits_per_weight, "manifest": self.manifest}
+            return {"quant_method": METHOD} | facts
+        plain = (str, int, float, type(None))
+        request = {"budget": self.budget} | self.options
+        return {"quant_method": METHOD} | {key: value if isinstance(value, plain) else str(value) for key, value in request.items()}
