@@ -8,13 +8,16 @@ model = qpc.load("out")
 from typing import TYPE_CHECKING, Any
 
 from qpc.errors import QpcError
+from qpc.integrations.registration import register
 
 if TYPE_CHECKING:
     from qpc.budget import Budget
     from qpc.calibration import SelfSampled
     from qpc.checkpoint import is_checkpoint
-    from qpc.compiler import compile, report_of
+    from qpc.compiler import report_of
+    from qpc.integrations.compilation import compile
     from qpc.integrations.generation import Generated, generate
+    from qpc.integrations.hf_config import QPaletteConfig
     from qpc.integrations.storage import load, save
     from qpc.passes.tune import Tuning
     from qpc.planner import Plan, plan
@@ -22,18 +25,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Generated", "Plan", "QpcError", "Report", "SelfSampled", "Tuning", "compile", "generate", "is_checkpoint", "load", "plan",
-    "report_of", "save",
-]  # fmt: skip
+    "Budget",
+    "Generated",
+    "Plan",
+    "QPaletteConfig",
+    "QpcError",
+    "Report",
+    "SelfSampled",
+    "Tuning",
+    "compile",
+    "generate",
+    "is_checkpoint",
+    "load",
+    "plan",
+    "report_of",
+    "save",
+]
 
 _HOMES = {
     "Budget": "qpc.budget",
     "Generated": "qpc.integrations.generation",
     "Plan": "qpc.planner",
+    "QPaletteConfig": "qpc.integrations.hf_config",
     "Report": "qpc.report",
     "SelfSampled": "qpc.calibration",
     "Tuning": "qpc.passes.tune",
-    "compile": "qpc.compiler",
+    "compile": "qpc.integrations.compilation",
     "generate": "qpc.integrations.generation",
     "is_checkpoint": "qpc.checkpoint",
     "load": "qpc.integrations.storage",
@@ -52,3 +69,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+register()

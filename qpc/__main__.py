@@ -103,8 +103,8 @@ def compile_model(
 ) -> None:
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
-    from qpc.checkpoint import check_target
     from qpc.options import latency_for
+    from qpc.output_directory import check_target
 
     budget = Limited(bits, total, kl, latency, batch).budget()
     times = latency_for(gpu, budget)

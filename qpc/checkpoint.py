@@ -3,7 +3,8 @@
     qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding and per gain that folding left
                         between two rotations, tied names, the report
     model.safetensors   every tensor: those of quantized modules under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
-                        all others under the names that the model gives them
+                        all others under the names that the model gives them; or shards with model.safetensors.index.json, as
+                        transformers writes them
     config.json, generation_config.json, tokenizer files: as the original has them
 
 Nothing in it depends on a kernel. A checkpoint is written beside its place and moved there when it is whole.
@@ -11,10 +12,7 @@ Nothing in it depends on a kernel. A checkpoint is written beside its place and 
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,8 @@ FORMAT = "qpc"
 FORMAT_VERSION = 3
 MANIFEST = "qpc.json"
 TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Of a checkpoint whose tensors are in several files: `weight_map` says in which."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 """Of the rows that an embedding makes, by name."""
 
@@ -50,6 +50,18 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
 
 def write(model: nn.Module, directory: Path) -> None:
     """Write manifest and tensors of a compiled model into an existing directory."""
+    save_file(stored(model), directory / TENSORS, metadata={"format": "pt"})
+    write_manifest(model, directory)
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of the model, by name; those that share their memory are there once."""
+    tensors, _ = _distinct(model.state_dict(keep_vars=True))
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def write_manifest(model: nn.Module, directory: Path) -> None:
+    """Write what the tensors of a compiled model mean into an existing directory."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     tables = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedEmbedding)}
     gains = {name: module for name, module in model.named_modules() if isinstance(module, TurnedGain)}
@@ -62,7 +74,7 @@ def write(model: nn.Module, directory: Path) -> None:
             "block": linear.block,
             "bias": linear.bias is not None,
         }
-    tensors, aliases = _distinct(model.state_dict(keep_vars=True))
+    _, aliases = _distinct(model.state_dict(keep_vars=True))
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -72,49 +84,7 @@ def write(model: nn.Module, directory: Path) -> None:
         "aliases": aliases,
         "report": report_of(model).to_json(),
     }
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / TENSORS, metadata={"format": "pt"})
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(directory: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A fresh directory that takes the place of `directory` when the block ends without an exception, and vanishes otherwise.
-
-    Raises `CheckpointError` if the place is taken (and not `overwrite`) or cannot be written.
-    """
-    target = check_target(directory, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {target}: {error.strerror or error}; choose another output directory") from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(retired / "old")
-            partial.rename(target)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            partial.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_target(directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The path, if a checkpoint may be written there; raises `CheckpointError` before any work is done."""
-    target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; choose a directory")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(f"{target} is not empty; choose another directory or allow overwriting")
-    existing = next(parent for parent in (target, *target.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise CheckpointError(f"cannot write to {target}: {existing} is not a writable directory; choose another output directory")
-    return target
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,25 +141,51 @@ def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch
     model: its parameters may be on the meta device, its buffers that no checkpoint holds must be real.
     """
     manifest = read_manifest(directory)
+    place(model, manifest)
+    model.load_state_dict(read_tensors(model, manifest, directory, device), assign=True, strict=False)
+    model.to(device)
+    return settle(model, manifest)
+
+
+def place(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Put quantized modules without tensors where the manifest names them. Raises `CheckpointError` if the model has other shapes."""
     for name, entry in manifest["linears"].items():
         _place(model, name, entry)
     for name, entry in manifest["embeddings"].items():
         _place_embedding(model, name, entry)
     for name, entry in manifest["gains"].items():
         _place_gain(model, name, entry)
-    tensors = _read_tensors(Path(directory) / TENSORS, device)
-    aliases: dict[str, str] = manifest["aliases"]
-    for alias, name in aliases.items():
+
+
+def read_tensors(
+    model: nn.Module, manifest: Mapping[str, Any], directory: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """All that the state of a model with its quantized modules in place needs, by name.
+
+    Raises `CheckpointError` if a tensor is missing, unknown, of another shape, or, where it is packed, of another dtype.
+    """
+    tensors = _read_files(Path(directory), device)
+    for alias, name in manifest["aliases"].items():
         if name not in tensors:
             raise CheckpointError(f"{alias} shares the tensor {name}, which {directory} lacks; the checkpoint is damaged")
         tensors[alias] = tensors[name]
     _check_tensors(model, tensors, directory)
-    model.load_state_dict(tensors, assign=True, strict=False)
-    for alias, name in aliases.items():
-        _assign(model, alias, _get(model, name))
+    return tensors
+
+
+def settle(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
+    """Make one what is one in the checkpoint, once all tensors are there: tied names, groups, readers of one table. Returns the model.
+
+    A name that stands on another device than the tensor it shares keeps a copy there.
+    """
+    for alias, name in manifest["aliases"].items():
+        value, device = _get(model, name), _get(model, alias).device
+        if device in (value.device, torch.device("meta")):
+            _assign(model, alias, value)
+        elif not isinstance(value, nn.Parameter):
+            _assign(model, alias, value.to(device))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.to(device)
     result = Report.from_json(manifest["report"])
     regroup(model, result)
     for sharing in tied_groups(module for module in model.modules() if isinstance(module, PackedModule)):
@@ -205,6 +201,9 @@ def regroup(model: nn.Module, plan: Report) -> None:
         linears = [module for module in map(model.get_submodule, members) if isinstance(module, QuantizedLinear)]
         if len(linears) != len(members):
             raise CheckpointError(f"the group of {members[0]} names linears that are not quantized; the checkpoint is damaged")
+        devices = sorted({str(linear.scales.device) for linear in linears})
+        if len(devices) > 1:
+            raise CheckpointError(f"{', '.join(members)} are one weight, and cannot be on {' and '.join(devices)}; put them on one device")
         join(linears)
     share_signs(module for module in model.modules() if isinstance(module, PackedModule))
 
@@ -301,7 +300,30 @@ def _count(name: str, entry: dict[str, object], key: str) -> int:
     return value
 
 
-def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _read_files(directory: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of the one file, or of all shards that the index names."""
+    if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
+        return _read_file(directory / TENSORS, device)
+    weight_map = _read_index(directory / INDEX)
+    shards = {shard: _read_file(directory / shard, device) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(f"{directory / shard} lacks the tensor {name}; the checkpoint is incomplete")
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is damaged") from error
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in found.values()):
+        raise CheckpointError(f"{path} has no valid weight_map from tensors to files beside it; the checkpoint is damaged")
+    return found
+
+
+def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

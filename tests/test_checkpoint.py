@@ -13,6 +13,7 @@ import qpc
 from qpc import checkpoint
 from qpc.errors import CheckpointError
 from qpc.kernels.linear import QuantizedLinear
+from qpc.output_directory import replacing
 from qpc.page import Source
 from tests.compiled import compiled_pair, logits
 from tests.families import FAMILIES
@@ -140,7 +141,7 @@ def test_malformed_entries(small: Path, entry: object) -> None:
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), checkpoint.replacing(tmp_path / "out") as partial:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "out") as partial:
         (partial / "half").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -150,24 +151,34 @@ def test_existing_directory_is_kept_unless_overwriting_succeeds(tmp_path: Path) 
     target = tmp_path / "out"
     target.mkdir()
     (target / "precious").write_text("old")
-    with pytest.raises(CheckpointError, match="not empty"), checkpoint.replacing(target):
+    with pytest.raises(CheckpointError, match="not empty"), replacing(target):
         pass
-    with pytest.raises(RuntimeError), checkpoint.replacing(target, overwrite=True):
+    with pytest.raises(RuntimeError), replacing(target, overwrite=True):
         raise RuntimeError
     assert (target / "precious").read_text() == "old"
-    with checkpoint.replacing(target, overwrite=True) as partial:
+    with replacing(target, overwrite=True) as partial:
         (partial / "new").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
+def test_a_group_is_on_one_device() -> None:
+    model = qpc.compile(FAMILIES["llama"]().eval(), budget=3, effort="fast", calibration=None, same_quantizer_in_group=True)
+    report = qpc.report_of(model)
+    checkpoint.regroup(model, report)
+    member = next(row.group[-1] for row in report.rows if len(row.group) > 1)
+    model.get_submodule(member).to("meta")
+    with pytest.raises(CheckpointError, match=f"{member} are one weight, and cannot be on cpu and meta"):
+        checkpoint.regroup(model, report)
+
+
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="writable directory"), checkpoint.replacing(tmp_path / "file" / "out"):
+    with pytest.raises(CheckpointError, match="writable directory"), replacing(tmp_path / "file" / "out"):
         pass
-    with pytest.raises(CheckpointError, match="is a file"), checkpoint.replacing(tmp_path / "file"):
+    with pytest.raises(CheckpointError, match="is a file"), replacing(tmp_path / "file"):
         pass
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(CheckpointError, match="writable"), checkpoint.replacing(tmp_path / "locked" / "out"):
+        with pytest.raises(CheckpointError, match="writable"), replacing(tmp_path / "locked" / "out"):
             pass

@@ -1,13 +1,20 @@
 """`qpc.save` and `qpc.load`: a checkpoint together with the configuration and tokenizer of a transformers model."""
 
+import copy
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from qpc import checkpoint
+from qpc.compiler import report_of
 from qpc.integrations import transformers as hf
+from qpc.integrations.compilation import adopted
+from qpc.integrations.model_card import CARD, model_card
+from qpc.output_directory import replacing
 
 
 def save(
@@ -15,23 +22,40 @@ def save(
     directory: str | os.PathLike[str],
     *,
     tokenizer_from: str | os.PathLike[str] | None = None,
+    measured_kl: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a compiled model; the directory appears whole or not at all.
 
-    tokenizer_from: a directory whose tokenizer files are copied along.
+    A model of transformers gets a model card, unless the directory had a README.md, which it keeps.
+
+    tokenizer_from: a directory whose tokenizer files are copied along. measured_kl: nats per token from the original, for the card.
     Raises `CheckpointError` if the place is taken or cannot be written.
     """
-    with checkpoint.replacing(directory, overwrite) as partial:
+    with replacing(directory, overwrite) as partial:
         checkpoint.write(model, partial)
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "save_pretrained"):
-            config.save_pretrained(partial)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(partial)
+        if hf.is_pretrained(model):
+            write_configuration(model, partial)
+            if not (Path(directory) / CARD).is_file():
+                card = model_card(report_of(model), hf.base_model(model), measured_kl)
+                (partial / CARD).write_text(card, encoding="utf-8")
         if tokenizer_from is not None:
             hf.copy_tokenizer_files(Path(tokenizer_from), partial)
+        if (Path(directory) / CARD).is_file():
+            shutil.copyfile(Path(directory) / CARD, partial / CARD)
+
+
+def write_configuration(model: Any, directory: Path) -> None:
+    """Write config.json, which names the quantization method, and generation_config.json, as `save_pretrained` does."""
+    from qpc.integrations.hf_config import QPaletteConfig
+
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = QPaletteConfig.of(report_of(model))
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -41,4 +65,4 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, d
     Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model.
     """
     checkpoint.read_manifest(directory)
-    return checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device)
+    return adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device))

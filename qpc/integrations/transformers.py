@@ -1,6 +1,8 @@
 """Language models of Hugging Face transformers: read from a local directory, never from a hub, never with remote code."""
 
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,9 @@ import torch
 from torch import nn
 
 from qpc.errors import ModelError
+
+METHOD = "qpalette"
+"""The name under which transformers knows models that qpc compiled."""
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -22,6 +27,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether the class of a model comes from transformers, which is not imported for the answer."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def load_pretrained(directory: Path | str, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any | None]:
@@ -54,7 +65,10 @@ def skeleton(directory: Path | str) -> nn.Module:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     directory = Path(directory)
-    config = load_config(directory)
+    config = read_config(directory)
+    if quantized_by(config) == METHOD:
+        del config.quantization_config
+    refuse_quantized(config, directory)
     auto: Any = AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=False):
@@ -121,21 +135,39 @@ def check_directory(directory: Path) -> None:
 
 
 def load_config(directory: Path) -> Any:
-    """The configuration of a model that has not been quantized by others. Raises `ModelError`."""
+    """The configuration of a model that has not been quantized. Raises `ModelError`."""
+    config = read_config(directory)
+    refuse_quantized(config, directory)
+    return config
+
+
+def read_config(directory: Path) -> Any:
+    """The configuration of a model. Raises `ModelError`."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory} has no config.json; give the directory of a Hugging Face causal language model")
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def quantized_by(config: Any) -> str | None:
+    """The quantization method that a configuration names."""
     quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else type(quantized).__name__
+    if quantized is None:
+        return None
+    return str(quantized.get("quant_method", "unknown")) if isinstance(quantized, dict) else type(quantized).__name__
+
+
+def refuse_quantized(config: Any, directory: Path) -> None:
+    """Raise `ModelError` if a configuration names a quantization method."""
+    method = quantized_by(config)
+    if method is not None:
+        path = directory / "config.json"
         raise ModelError(f"{path} says that the model is already quantized ({method}); compile the original instead")
-    return config
 
 
 def load_model(directory: Path, options: dict[str, Any]) -> Any:
@@ -182,3 +214,9 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def base_model(model: Any) -> str | None:
+    """The name of a model on a hub, "owner/name", if that is where it was loaded from."""
+    name = str(getattr(model.config, "name_or_path", ""))
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists() else None
