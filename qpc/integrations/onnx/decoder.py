@@ -52,6 +52,7 @@ class Decoder(nn.Module):
 
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         options: dict[str, Any] = {"use_cache": False}
+        cache: Any = None
         if self.cache:
             cache = DynamicCache()
             for layer in range(len(past) // 2):

@@ -1,6 +1,7 @@
 """From a traced program to an ONNX file: translated by PyTorch's exporter, every tensor once, the functions of qpc beside the graph."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ def build(traced: Traced, stored: Mapping[str, torch.dtype]) -> ir.Model:
         raise ModelError(f"the model cannot be translated to ONNX: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
+    name_sizes(model.graph)
     share_tied(model.graph)
     narrow(model.graph, {name: dtype for name, dtype in stored.items() if dtype in HALVES})
     passes = ir.passes.Sequential(
@@ -84,6 +86,23 @@ def check_operators(traced: Traced) -> None:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "qpc" and node.target not in TRANSLATIONS:
             known = ", ".join(sorted(str(target) for target in TRANSLATIONS))
             raise ModelError(f"{node.target} (node {node.name}) cannot be exported to ONNX; these can: {known}")
+
+
+def name_sizes(graph: ir.Graph) -> None:
+    """Call the free sizes `batch`, `length` and `past` wherever they occur, in the place of the symbols of the trace."""
+    ids, mask, *past = graph.inputs
+    names = {_symbol(ids, 0): "batch", _symbol(ids, 1): "length"} | {_symbol(value, 2): "past" for value in past}
+    names |= {_symbol(mask, 1): "past + length"} if past else {}
+    symbols = re.compile(rf"\b({'|'.join(names)})\b")
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            sizes = (size if isinstance(size, int) else size.value for size in value.shape)
+            value.shape = ir.Shape(symbols.sub(lambda found: names[found[0]], size) if isinstance(size, str) else size for size in sizes)
+
+
+def _symbol(value: ir.Value, axis: int) -> str:
+    assert value.shape is not None
+    return str(value.shape[axis])
 
 
 def share_tied(graph: ir.Graph) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -28,14 +29,18 @@ from qpc.quant.trellis import TrellisQuantizer
 from qpc.quant.vector import VectorQuantizer
 
 
-def operator(function: OnnxFunction) -> Op:
+def operator(function: OnnxFunction[..., Any]) -> Op:
     """An operator with the signature of a function: a call of it stays a call, while the exporter expands functions."""
     body = function.function_ir
-    inputs = [OpSchema.FormalParameter(each.name, f"tensor({each.dtype.name.lower()})") for each in body.inputs]
-    outputs = [OpSchema.FormalParameter(each.name, f"tensor({each.dtype.name.lower()})") for each in body.outputs]
+    inputs, outputs = ([_parameter(value) for value in values] for values in (body.inputs, body.outputs))
     attributes = [OpSchema.Attribute(name, getattr(OpSchema.AttrType, each.type.name)) for name, each in body.attributes.items()]
     schema = OpSchema(function.name, functions.DOMAIN, functions.VERSION, inputs=inputs, outputs=outputs, attributes=attributes)
     return Op(functions.QPC, function.name, schema)
+
+
+def _parameter(value: ir.Value) -> OpSchema.FormalParameter:
+    assert value.name is not None and value.dtype is not None
+    return OpSchema.FormalParameter(value.name, f"tensor({value.dtype.name.lower()})")
 
 
 _CODEBOOK = operator(functions.trellis_codebook)
@@ -46,7 +51,8 @@ _LINEAR, _MIXED, _LOOKUP = operator(functions.packed_linear), operator(functions
 def rotate(x: FLOAT, signs: UINT8, block: int) -> FLOAT:
     """`qpc::rotate`."""
     left, right = hadamard_pair(block)
-    return _ROTATE(x, signs, op.Constant(value=left), op.Constant(value=right), unit=1 / math.sqrt(block))
+    result: FLOAT = _ROTATE(x, signs, op.Constant(value=left), op.Constant(value=right), unit=1 / math.sqrt(block))
+    return result
 
 
 def trellis_linear(
@@ -107,27 +113,30 @@ def scalar_lookup(
 
 def _lookup(
     indices: Any, codes: Sequence[Any], scales: Any, signs: Any, block: int, parts: Sequence[UniformQuantizer], features: int
-) -> Any:
+) -> FLOAT:
     pieces = []
     for part, code in zip(parts, codes, strict=True):
         step, window = bits_of(part)
         pieces.append(_LOOKUP(indices, code, table(part), scales, step_bits=step, window_bits=window))
-    start, end, axis = (op.Constant(value_ints=[each]) for each in (0, features, -1))
-    rows = op.Slice(op.Concat(*pieces, axis=-1), start, end, axis)
+    border: list[Any] = [op.Constant(value_ints=[each]) for each in (0, features, -1)]
+    joined: Any = op.Concat(*pieces, axis=-1)
+    rows: FLOAT = op.Slice(joined, *border)
     if not block:
         return rows
     left, right = hadamard_pair(block)
-    return _UNROTATE(rows, signs, op.Constant(value=left), op.Constant(value=right), unit=1 / math.sqrt(block))
+    result: FLOAT = _UNROTATE(rows, signs, op.Constant(value=left), op.Constant(value=right), unit=1 / math.sqrt(block))
+    return result
 
 
-def _linear(x: Any, codes: Sequence[Any], scales: Any, bias: Any | None, parts: Sequence[UniformQuantizer], out_features: int) -> Any:
+def _linear(x: Any, codes: Sequence[Any], scales: Any, bias: Any | None, parts: Sequence[UniformQuantizer], out_features: int) -> FLOAT:
     added = op.Constant(value=_ZERO) if bias is None else bias
     tables = [table(part) for part in parts]
     if len(parts) == 1:
         step, window = bits_of(parts[0])
-        return _LINEAR(x, codes[0], tables[0], scales, added, step_bits=step, window_bits=window, out_features=out_features)
+        result: FLOAT = _LINEAR(x, codes[0], tables[0], scales, added, step_bits=step, window_bits=window, out_features=out_features)
+        return result
     (step0, window0), (step1, window1) = map(bits_of, parts)
-    return _MIXED(
+    mixed: FLOAT = _MIXED(
         x,
         codes[0],
         tables[0],
@@ -141,6 +150,7 @@ def _linear(x: Any, codes: Sequence[Any], scales: Any, bias: Any | None, parts: 
         window_bits1=window1,
         out_features=out_features,
     )
+    return mixed
 
 
 def bits_of(part: UniformQuantizer) -> tuple[int, int]:
