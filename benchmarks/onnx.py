@@ -6,7 +6,6 @@ without that, where each run decodes them again and memory stays small. All read
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -74,7 +73,7 @@ def measure(compiled: Path, threads: int) -> dict[str, Any]:
     ids = np.array([tokenizer(PROMPT)["input_ids"]])
     with tempfile.TemporaryDirectory() as home:
         start_s = time.perf_counter()
-        path = export(compiled, Path(home) / "model.onnx")
+        path = export(compiled, Path(home) / "model.onnx")[0]
         export_s = time.perf_counter() - start_s
         file_bytes = sum(file.stat().st_size for file in Path(home).iterdir())
         eager, folded, packed = (
@@ -154,4 +153,10 @@ def _continued(step: Step, ids: NDArray[np.int64], load_s: float) -> Run:
         start_s = time.perf_counter()
         latest = step(fresh, ids.shape[1] + done + 1)
         seconds.append(time.perf_counter() - start_s)
-    return Run(logits, tokens, seconds, load_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return Run(logits, tokens, seconds, load_s, _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held since it began; `getrusage` would count that of the process it came from."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

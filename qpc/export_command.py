@@ -23,13 +23,11 @@ def export_model(
 
     start_s = time.monotonic()
     with silent_stdout():
-        written = export(compiled, onnx, cache=cache, overwrite=overwrite)
-    data = written.with_name(f"{written.name}.data")
-    files = [written, data] if data.exists() else [written]
+        files = export(compiled, onnx, cache=cache, overwrite=overwrite)
     size, elapsed_s = sum(file.stat().st_size for file in files), time.monotonic() - start_s
     if as_json:
         print(
             json.dumps({"files": [str(file) for file in files], "bytes": size, "cache": cache, "elapsed_s": round(elapsed_s, 3)}, indent=2)
         )
     else:
-        print(f"{written}: {size / 1e6:.1f} MB, written after {elapsed_s:.0f} s")
+        print(f"{', '.join(map(str, files))}: {size / 1e6:.1f} MB, written after {elapsed_s:.0f} s")

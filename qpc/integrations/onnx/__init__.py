@@ -14,8 +14,10 @@ from qpc.integrations.storage import load
 PACKAGES = ("onnx", "onnxscript")
 
 
-def export(directory: str | os.PathLike[str], path: str | os.PathLike[str], *, cache: bool = True, overwrite: bool = False) -> Path:
-    """Write the compiled model in `directory` to an ONNX file, and return its path.
+def export(
+    directory: str | os.PathLike[str], path: str | os.PathLike[str], *, cache: bool = True, overwrite: bool = False
+) -> tuple[Path, ...]:
+    """Write the compiled model in `directory` to an ONNX file, and return the files that were written.
 
     Inputs: `input_ids` int64 [batch, length] and `attention_mask` int64 [batch, past + length], 0 where a token is padding (on the left);
         with `cache` also `past_key_values.N.key` and `.value` of each layer N, float32 [batch, heads, past, head_dim]; past may be 0.
@@ -37,8 +39,12 @@ def export(directory: str | os.PathLike[str], path: str | os.PathLike[str], *, c
     model = load(directory)
     stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     traced = trace(model.float(), cache)
-    write(build(traced, stored), path)
-    return path
+    return write(build(traced, stored), path)
+
+
+def data_of(path: Path) -> Path:
+    """The second file of a large model."""
+    return path.with_name(f"{path.name}.data")
 
 
 def check_packages() -> None:
@@ -52,7 +58,8 @@ def check_place(path: Path, overwrite: bool = False) -> None:
     """Raise `UsageError` unless a file may be written at `path`."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory; name a file such as {path / 'model.onnx'}")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another file or give --overwrite")
+    taken = [file for file in (path, data_of(path)) if file.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{taken[0]} exists; choose another file or allow overwriting")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write to {path}: {path.parent} is not a writable directory")

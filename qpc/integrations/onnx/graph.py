@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 import qpc
 from qpc.errors import ModelError, UsageError
-from qpc.integrations.onnx import functions
+from qpc.integrations.onnx import data_of, functions
 from qpc.integrations.onnx.decoder import Traced, first_line, quiet
 from qpc.integrations.onnx.translation import TRANSLATIONS
 
@@ -66,18 +66,22 @@ def build(traced: Traced, stored: Mapping[str, torch.dtype]) -> ir.Model:
     return model
 
 
-def write(model: ir.Model, path: Path) -> None:
-    """Write a model, which appears whole or not at all. Raises `UsageError` if it cannot be written."""
+def write(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """Write a model, and return its files, the model first. Raises `UsageError` if it cannot be written; then nothing is left of it."""
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    external = f"{path.name}.data" if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_BYTES else None
+    data = data_of(path)
+    external = data.name if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_BYTES else None
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as partial:
             ir.save(model, Path(partial) / path.name, external_data=external)
-            for name in (external, path.name):  # the model last: it names the other
-                if name is not None:
-                    os.replace(Path(partial) / name, path.with_name(name))
+            if external is not None:
+                os.replace(Path(partial) / external, data)
+            os.replace(Path(partial) / path.name, path)
+            if external is None:
+                data.unlink(missing_ok=True)  # of the model that was replaced
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    return (path,) if external is None else (path, data)
 
 
 def check_operators(traced: Traced) -> None:
@@ -138,10 +142,10 @@ def narrow(graph: ir.Graph, stored: Mapping[str, torch.dtype]) -> None:
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Put the functions that the graph calls, and those that they call, into the model."""
+    """Put the functions that the graph calls, and before them those that they call, into the model."""
     for name in sorted({node.op_type for node in model.graph if node.domain == functions.DOMAIN}):
         function = getattr(functions, name)
-        for each in (function, *function.function_ir.get_called_functions().values()):
+        for each in reversed([function, *function.function_ir.get_called_functions().values()]):
             found = ir.serde.deserialize_function(each.to_function_proto())
             model.functions[found.identifier()] = found
     model.graph.opset_imports[functions.DOMAIN] = functions.VERSION

@@ -15,11 +15,15 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 import qpc
 from qpc.checkpoint import tensor_bytes
 from qpc.errors import CheckpointError, ModelError, UsageError
 from qpc.integrations.onnx import export, functions, graph
+from qpc.integrations.onnx.translation import operator
+from qpc.quant.trellis import TrellisQuantizer
 from tests.compiled import compiled_pair
 from tests.families import FAMILIES
 from tests.integrations.onnx.runtime import initializers, run, session
@@ -61,7 +65,7 @@ class Exported:
 
 def exported(model: nn.Module, home: Path, cache: bool) -> Exported:
     qpc.save(model, home / "out")
-    return Exported(home / "out", export(home / "out", home / "model.onnx", cache=cache))
+    return Exported(home / "out", export(home / "out", home / "model.onnx", cache=cache)[0])
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["cache", "no-cache"])
@@ -189,6 +193,47 @@ def test_large_models_have_a_second_file(tmp_path: Path, monkeypatch: pytest.Mon
     onnx.checker.check_model(str(made.path), full_check=True)
     ids = tokens(2, 9)
     close(made.logits(ids), made.expected(ids))
+
+
+def test_what_is_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    qpc.save(compiled_pair("llama_tied")[1], tmp_path / "out")
+    (tmp_path / "model.onnx.data").write_text("of a larger model")
+    with pytest.raises(UsageError, match=r"model\.onnx\.data exists"):
+        export(tmp_path / "out", tmp_path / "model.onnx")
+    assert export(tmp_path / "out", tmp_path / "model.onnx", cache=False, overwrite=True) == (tmp_path / "model.onnx",)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "out"]
+
+
+def test_folded_models_keep_their_turned_gains(tmp_path: Path) -> None:
+    compiled = qpc.compile(FAMILIES["llama"](), budget=4, effort="fast", fold=True, calibration=None, tune="off")
+    made = exported(compiled, tmp_path, cache=False)
+    ids = tokens(2, 9)
+    close(made.logits(ids), made.expected(ids))
+
+
+class PackedLinear(OpRun):
+    """`qpc::packed_linear` as one operator."""
+
+    op_domain = "qpc"
+    op_schema = operator(functions.packed_linear).op_schema
+
+    def _run(self, x: Any, codes: Any, table: Any, scales: Any, bias: Any, **attributes: int) -> tuple[NDArray[Any]]:
+        part = TrellisQuantizer(attributes["step_bits"], attributes["window_bits"])
+        weight = part.decode(torch.from_numpy(codes.copy())).numpy() * scales.astype(np.float32)[:, None]
+        return (x @ weight[: attributes["out_features"], : x.shape[-1]].T + bias,)
+
+
+def test_one_operator_may_take_the_place_of_a_function(llama: Exported) -> None:
+    """As a runtime with a kernel of its own does it, here the reference evaluator of onnx."""
+    model = onnx.load(llama.path)
+    kept = [each for each in model.functions if each.name != "packed_linear"]
+    assert len(kept) == len(model.functions) - 1
+    del model.functions[:]
+    model.functions.extend(kept)
+    ids = tokens(1, 5)
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()} | llama.nothing(1)
+    logits = ReferenceEvaluator(model, new_ops=[PackedLinear]).run(["logits"], inputs)[0]
+    close(logits, llama.expected(ids))
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
