@@ -211,8 +211,8 @@ def test_folded_models_keep_their_turned_gains(tmp_path: Path) -> None:
     close(made.logits(ids), made.expected(ids))
 
 
-class PackedLinear(OpRun):
-    """`qpc::packed_linear` as one operator."""
+class packed_linear(OpRun):
+    """`qpc::packed_linear` as one operator; its class is found by this name."""
 
     op_domain = "qpc"
     op_schema = operator(functions.packed_linear).op_schema
@@ -232,7 +232,7 @@ def test_one_operator_may_take_the_place_of_a_function(llama: Exported) -> None:
     model.functions.extend(kept)
     ids = tokens(1, 5)
     inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()} | llama.nothing(1)
-    logits = ReferenceEvaluator(model, new_ops=[PackedLinear]).run(["logits"], inputs)[0]
+    logits = ReferenceEvaluator(model, new_ops=[packed_linear]).run(["logits"], inputs)[0]
     close(logits, llama.expected(ids))
 
 
