@@ -14,6 +14,7 @@ BENCHMARKS = {
     "fusion": "loss within a time, with and without choosing what runs as one",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
+    "onnx": "size, error and time of an ONNX file of a compiled model, on a CPU",
     "check": "every kernel of a GPU against its oracle",
     "kernels": "the fused multiplication on a GPU, against bf16 and int4",
     "prefill": "linears of 2,048 tokens on a GPU, and decoding of weights",

@@ -1,4 +1,4 @@
-"""The command line: `qpc compile | plan | inspect | generate | eval`.
+"""The command line: `qpc compile | plan | inspect | generate | eval | export`.
 
 Results go to stdout, progress to stderr. An error that the user can mend is one line and exit code 2.
 """
@@ -47,6 +47,7 @@ from qpc.arguments import (
     read_text,
 )
 from qpc.errors import ModelError, QpcError, UsageError
+from qpc.export_command import export_model
 from qpc.report import Report, allocation_table, remarks, summary
 from qpc.terminal import ProgressBars, silent_stdout
 
@@ -59,6 +60,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("export")(export_model)
 
 
 def show_version(wanted: bool) -> None:
