@@ -59,7 +59,8 @@ def test_rows_of_several_blocks_take_another_way() -> None:
     assert transform_hopper.cut(4096, 256, norm=False) is None and transform.plan(4096, 256) is None
 
 
-@pytest.mark.parametrize(("norm", "architecture"), [(False, 90), (True, 80)], ids=["rotation", "behind a norm"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("norm", [False, True], ids=["rotation", "behind a norm"])
 @pytest.mark.parametrize("features", [576, 14336])
 def test_plain_kernel_spills_nothing(features: int, norm: bool, architecture: int) -> None:
     plan = transform.plan(features, features)
