@@ -31,8 +31,8 @@ from benchmarks.weights import Shape, activations, label, random_weights, weight
 from qpc.latency import GPUS
 from qpc.latency.profile import TRANSFORMS
 
-RATES = tuple(Fraction(text) for text in ("3", "2", "4", "2.5", "3.5", "3.25", "1", "6", "5"))
-"""The most telling first; 3.25 stands for the mixtures of two rates."""
+RATES = tuple(Fraction(text) for text in ("3", "2", "4", "2.5", "3.5", "3.25", "2.75", "3.75", "2.25", "1", "6", "5", "4.5", "1.5"))
+"""The most telling first. Mixtures of two rates between those of the trellis take longer than either side suggests."""
 
 SCALAR_BITS = (8, 6)
 QUICK_RATES = RATES[:3]

@@ -40,7 +40,7 @@ from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow, typical_block
-from qpc.sensitivity import Method, Sensitivities, check_finite
+from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
 
@@ -61,6 +61,7 @@ def compile(
     embeddings: Fraction | float | str | None = None,
     calibration: object = "self",
     tokenizer: Any | None = None,
+    row_feedback: object = "auto",
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
     tune: object = "auto",
@@ -81,6 +82,8 @@ def compile(
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
+    row_feedback: whether errors are carried between the rows of a weight too, as gradients say which outputs matter together: "on", "off",
+        or "auto" (if the model is on a GPU).
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
@@ -104,6 +107,7 @@ def compile(
         embeddings=embeddings,
         calibration=calibration,
         tokenizer=tokenizer,
+        row_feedback=row_feedback,
         sensitivity=sensitivity,
         tune=tune,
         gpu=gpu,
@@ -188,13 +192,15 @@ def prepare(
     samples, remarks = collect(options.calibration, program, options.seed, progress)
     program.remarks += remarks
     program.calibration = None if samples is None else samples.description
-    gradients = None if samples is None else Gradients(program, samples, options.seed, progress)
+    moments = OutputMoments.of(program) if options.couples_rows(program.device) else None
+    gradients = None if samples is None else Gradients(program, samples, options.seed, progress, moments)
     if sensitivities is None:
         sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
         program.remarks += remarks
     known = Known()
     if samples is not None and gradients is not None:
         settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
+        settings |= {"rows": True} if moments is not None else {}
         file = Shares.of(program, samples, settings)
         known = file.read()
         if options.weigh_positions and (rounds or not known.expected):

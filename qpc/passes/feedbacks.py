@@ -15,6 +15,7 @@ from qpc.moments import MomentStream
 from qpc.quant.feedback import Feedback
 from qpc.quant.hadamard import block_within
 from qpc.quant.rotation import Rotation, seeded_generator
+from qpc.sensitivity.sites import stored_matrix
 
 KEPT_BYTES = 4 << 30
 """Feedback of so much memory waits from the allocation until the rounding; the rest is made again."""
@@ -51,7 +52,7 @@ class Known:
 
     def keep(self, key: Key, feedback: Feedback) -> None:
         """Remember feedback."""
-        self.expected[key] = Expected(feedback.expected_share, feedback.damping)
+        self.expected[key] = Expected(feedback.share, feedback.damping)
         distinct = {id(each): each.nbytes for each in (*self._kept.values(), feedback)}
         if sum(distinct.values()) <= KEPT_BYTES:
             self._kept[key] = feedback
@@ -137,7 +138,9 @@ class Feedbacks:
         if kept is not None:
             return kept
         moment = stream.moment(sharing)
-        return Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+        found = Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+        outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
+        return found if outputs is None else found.and_of(outputs, stored_matrix(self.program, site_of(sharing[0])))
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:

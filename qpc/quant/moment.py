@@ -26,3 +26,9 @@ class Moment:
         full = rotation.apply(half.t())
         held_out = None if self.held_out is None else self.held_out.rotated(rotation)
         return replace(self, matrix=(full + full.t()) / 2, held_out=held_out)
+
+    def scaled(self, sizes: Tensor) -> "Moment":
+        """The moment of the inputs, each feature times its size: sizes [in_features]."""
+        held_out = None if self.held_out is None else self.held_out.scaled(sizes)
+        by = sizes.to(self.matrix)
+        return replace(self, matrix=self.matrix * by[:, None] * by, held_out=held_out)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qpc.quant.feedback import Feedback, RowFeedback
+from qpc.quant.feedback import Feedback
 from qpc.quant.layout import BLOCK_ROWS, row_blocks
 from qpc.quant.quantizer import PackedWeight, Quantizer, RingEncoder
+from qpc.quant.rounding import RowFeedback
 
 
 def quantize_stacked(

@@ -8,6 +8,7 @@ from qpc.sensitivity.gradient import Importance, by_gradient, parts
 from qpc.sensitivity.journal import Journal
 from qpc.sensitivity.linearity import checked
 from qpc.sensitivity.noise import estimate, perturbed
+from qpc.sensitivity.output_moments import OutputMoments
 from qpc.sensitivity.values import Linearity, Loss, Method, Sensitivities, check_finite
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Linearity",
     "Loss",
     "Method",
+    "OutputMoments",
     "Sensitivities",
     "by_gradient",
     "check_finite",
