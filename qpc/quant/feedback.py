@@ -101,8 +101,8 @@ class Feedback:
     @property
     def damped(self) -> Tensor:
         """The moment that was factored: float32."""
-        own: Tensor = self.moment + torch.diag_embed((self.damping * self.moment.diagonal().mean()).expand(len(self.moment)))
-        return own
+        found: Tensor = self.moment + torch.diag_embed((self.damping * self.moment.diagonal().mean()).expand(len(self.moment)))
+        return found
 
     def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
         """tr(E H E^T G), E = weight - made, over what rounding without feedback is expected to leave, by the judges H and G.
@@ -133,7 +133,8 @@ class Feedback:
 
 def row_deviations(weight: Tensor) -> Tensor:
     """The root mean square of each row: float64 [out_features]."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64) / math.sqrt(weight.shape[1])
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    return lengths / math.sqrt(weight.shape[1])
 
 
 def _factor(moment: Tensor, damping: float, judge: Tensor, block: int) -> Feedback:
