@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the script `qpc`; always ends in `SystemExit`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries leave progress to qpc
     signal.signal(signal.SIGTERM, terminate)
     try:
         app(arguments, prog_name="qpc")

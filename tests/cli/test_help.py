@@ -30,7 +30,7 @@ def test_help_needs_no_torch() -> None:
 def test_help_has_examples_of_options_that_exist(name: str) -> None:
     done = CliRunner(env={"COLUMNS": "80"}).invoke(app, [name, "--help"])
     assert (done.exit_code, done.stderr) == (0, "")
-    body, _, examples = done.stdout.partition("Examples")
+    body, _, examples = done.stdout.rpartition("Examples")
     lines = [shlex.split(line.partition("|")[0]) for line in examples.splitlines() if line.strip()]
     assert lines and all(line[:2] == ["qpc", name] for line in lines)
     for option in (word for line in lines for word in line if re.match("--?[a-z]", word)):
