@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 
 import qpc
+from qpc.cli.app import app
 from qpc.integrations.transformers import load_pretrained
 from qpc.kernels.linear import QuantizedLinear
 from qpc.quant.hadamard import factors, hadamard_matrix
 from qpc.quant.palette import Effort, trellis_at
+from tests.families import grouped
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -69,6 +72,24 @@ def test_every_step_of_the_newcomer_is_in_the_guide() -> None:
     commands = [re.sub(r" & .*", " &", line) for step in steps for line in step.splitlines()]
     for command in (part for line in commands for part in line.split(" && ")):
         assert shlex.split(command) in [shlex.split(line) for line in told.splitlines()], command
+
+
+def test_every_command_that_is_told_takes_its_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    told = [line for page in (*PAGES, ROOT / "README.md") for line in re.findall(r"^qpc .*", page.read_text(), re.MULTILINE)]
+    assert {shlex.split(line, comments=True)[1] for line in told} >= {"compile", "plan", "inspect", "generate", "eval", "export"}
+    for line in told:
+        _, name, *words = shlex.split(line, comments=True)
+        known = {option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("-")} <= known, line
+
+
+def test_the_pass_of_the_guide_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend" / "pass.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(code, names)
+    program = grouped("mlp")
+    assert [remark.reason for remark in names["Count"]().run(program).remarks] == ["nothing to change at 2 linears"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
