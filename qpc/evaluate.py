@@ -48,6 +48,11 @@ class Sums:
     divergence: float = 0.0
     agreed: float = 0.0
 
+    @staticmethod
+    def of(measurement: dict[str, float] | None) -> "Sums | None":
+        """From a journal; None if that has no sums of this form."""
+        return Sums(**measurement) if measurement is not None and measurement.keys() == asdict(Sums()).keys() else None
+
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(
             self.loss + other.loss,
@@ -80,8 +85,8 @@ def evaluate(
     sums = Sums()
     for piece in track(windows, "evaluate", len(windows), progress):
         step = (*name, hashlib.sha256(piece.cpu().numpy().tobytes()).hexdigest()[:32])
-        known = None if journal is None else journal[step]
-        found = window_sums(model, reference, piece) if known is None else Sums(**known)
+        known = None if journal is None else Sums.of(journal[step])
+        found = window_sums(model, reference, piece) if known is None else known
         if journal is not None:
             journal[step] = asdict(found)
         sums += found

@@ -35,6 +35,11 @@ class Journal(Generic[V]):
             pass
         return journal
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been measured."""
+        return not self._known
+
     def __getitem__(self, step: Step) -> V | None:
         """The measurement of this name, if it was taken."""
         return self._known.get(json.dumps(step))

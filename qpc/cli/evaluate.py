@@ -60,11 +60,10 @@ def evaluate_model(
     if download:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"
     from qpc.evaluate import evaluate, first_tokens
-    from qpc.integrations.lm_eval import Tasks, check_installed, measure
+    from qpc.integrations.lm_eval import Tasks, measure
 
     asked = None if tasks is None else Tasks.parse(tasks, path=task_path, limit=limit, shots=shots, batch=batch)
-    if asked is not None:
-        check_installed()
+    data = None if asked is None else asked.load()
     content = None if text is None else read_text(text)
     journal = None if results is None else open_journal(results)
     network, found = load_any(model, device)
@@ -77,8 +76,7 @@ def evaluate_model(
     with ProgressBars() as progress:
         if ids is not None:
             evaluation = evaluate(network, original, ids, window, progress, journal)
-        if asked is not None:
-            data = asked.load()
+        if asked is not None and data is not None:
             scores = measure(network, tokenizer, asked, data, "", progress, journal)
             if original is not None and baseline is not None:
                 others = measure(original, required(of_original, baseline), asked, data, "(baseline)", progress, journal)
@@ -93,12 +91,15 @@ def evaluate_model(
 
 
 def open_journal(path: Path) -> "Journal[dict[str, float]]":
-    """The journal of a file. Raises `UsageError` if it cannot be written."""
+    """The journal of a file. Raises `UsageError` if it cannot be written, or holds something else."""
     from qpc.journal import Journal
 
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--results {path} cannot be written; give a file in a directory that can")
-    return Journal.open(path)
+    journal: Journal[dict[str, float]] = Journal.open(path)
+    if journal.empty and path.exists() and path.stat().st_size:
+        raise UsageError(f"--results {path} holds no results of qpc eval; give another file")
+    return journal
 
 
 def rows(scores: "tuple[Score, ...]", baseline: "tuple[Score, ...]") -> list[dict[str, Any]]:

@@ -110,6 +110,19 @@ def test_the_command_compares_and_measures_nothing_twice(
     assert (code, out, err.count("\n")) == (2, "", 1) and "cannot be read" in err, err
 
 
+def test_results_are_not_put_into_other_files(compiled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "diary").write_text("mine")
+    for path, words in (
+        (tmp_path / "diary", "holds no results"),
+        (tmp_path, "cannot be written"),
+        (tmp_path / "none" / "a", "cannot be written"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["eval", str(compiled), "--text", __file__, "--results", str(tmp_path / path)])
+        assert words in capfd.readouterr().err
+    assert (tmp_path / "diary").read_text() == "mine"
+
+
 def test_bad_names(tasks: Path) -> None:
     with pytest.raises(UsageError, match="names no task"):
         Tasks.parse(" , ")
