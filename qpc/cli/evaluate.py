@@ -63,7 +63,8 @@ def evaluate_model(
     from qpc.integrations.lm_eval import Tasks, measure
 
     asked = None if tasks is None else Tasks.parse(tasks, path=task_path, limit=limit, shots=shots, batch=batch)
-    data = None if asked is None else asked.load()
+    with Console(stderr=True).status("reading tasks"):
+        data = None if asked is None else asked.load()
     content = None if text is None else read_text(text)
     journal = None if results is None else open_journal(results)
     network, found = load_any(model, device)
