@@ -35,7 +35,8 @@ import json, os, platform, subprocess, sys
 
 steps = [json.loads(row) for row in sys.argv[2:]]
 commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-facts = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
+facts = {"commit": commit, "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+facts["load_average"] = round(os.getloadavg()[2], 1)  # above the number of cores others were at work too
 seconds = round(sum(step["seconds"] for step in steps), 1)
 with open(sys.argv[1], "w") as file:
     json.dump({"format": 1, "measured_with": facts, "seconds": seconds, "steps": steps}, file, indent=1)

@@ -1,6 +1,7 @@
 """Tasks of lm_eval on compiled models, with a task and data of our own; nothing is fetched."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import qpc
+from qpc import terminal
 from qpc.__main__ import main
 from qpc.errors import EvaluationError, UsageError
 from qpc.integrations import lm_eval
@@ -50,7 +52,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library of data sets keeps nothing outside of the tests."""
+    """The library of data sets keeps nothing outside of the tests. However slow the machine is, no line of progress is written."""
+    monkeypatch.setattr(terminal, "LINE_INTERVAL_S", math.inf)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
