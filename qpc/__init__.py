@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qpc.passes.tune import Tuning
     from qpc.planner import Plan, plan
     from qpc.report import Report
+    from qpc.verification import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Report",
     "SelfSampled",
     "Tuning",
+    "Verification",
     "compile",
     "generate",
     "is_checkpoint",
@@ -40,6 +42,7 @@ __all__ = [
     "plan",
     "report_of",
     "save",
+    "verify",
 ]
 
 _HOMES = {
@@ -50,6 +53,7 @@ _HOMES = {
     "Report": "qpc.report",
     "SelfSampled": "qpc.calibration",
     "Tuning": "qpc.passes.tune",
+    "Verification": "qpc.verification",
     "compile": "qpc.integrations.compilation",
     "generate": "qpc.integrations.generation",
     "is_checkpoint": "qpc.checkpoint",
@@ -57,6 +61,7 @@ _HOMES = {
     "plan": "qpc.planner",
     "report_of": "qpc.compiler",
     "save": "qpc.integrations.storage",
+    "verify": "qpc.verification",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `qpc compile | plan | inspect | generate | eval | export`.
+"""The command line: `qpc compile | plan | inspect | generate | eval | export | verify`.
 
 Results go to stdout, progress to stderr. An error that the user can mend is one line and exit code 2.
 """
@@ -50,6 +50,7 @@ from qpc.errors import ModelError, QpcError, UsageError
 from qpc.export_command import export_model
 from qpc.report import Report, allocation_table, remarks, summary
 from qpc.terminal import ProgressBars, silent_stdout
+from qpc.verify_command import verify_model
 
 if TYPE_CHECKING:
     from qpc.planner import Plan
@@ -61,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("export")(export_model)
+app.command("verify")(verify_model)
 
 
 def show_version(wanted: bool) -> None:
