@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qpc.integrations.generation import Generated, generate
     from qpc.integrations.hf_config import QPaletteConfig
     from qpc.integrations.storage import load, save
+    from qpc.integrations.streamed import stream
     from qpc.passes.tune import Tuning
     from qpc.planner import Plan, plan
     from qpc.report import Report
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "report_of",
     "save",
+    "stream",
     "verify",
 ]
 
@@ -61,6 +63,7 @@ _HOMES = {
     "plan": "qpc.planner",
     "report_of": "qpc.compiler",
     "save": "qpc.integrations.storage",
+    "stream": "qpc.integrations.streamed",
     "verify": "qpc.verification",
 }
 

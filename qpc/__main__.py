@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from torch import nn
 
 import qpc
 from qpc.arguments import (
@@ -40,15 +39,18 @@ from qpc.arguments import (
     Seed,
     SensitivityFile,
     SensitivityMethod,
+    Streaming,
     Total,
     TuneSteps,
     pick_device,
     read_sensitivities,
     read_text,
 )
-from qpc.errors import ModelError, QpcError, UsageError
+from qpc.errors import QpcError, UsageError
 from qpc.export_command import export_model
+from qpc.loading import load_any, load_original, required
 from qpc.report import Report, allocation_table, remarks, summary
+from qpc.stream_command import streamed
 from qpc.terminal import ProgressBars, silent_stdout
 from qpc.verify_command import verify_model
 
@@ -101,6 +103,7 @@ def compile_model(
     sensitivities: SensitivityFile = None,
     tune: TuneSteps = "auto",
     seed: Seed = 0,
+    stream: Streaming = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -111,33 +114,48 @@ def compile_model(
     from qpc.output_directory import check_target
 
     budget = Limited(bits, total, kl, latency, batch).budget()
-    times = latency_for(gpu, budget)
-    check_target(output, overwrite)
+    options: dict[str, Any] = {
+        "effort": effort,
+        "exclude": tuple(exclude or ()),
+        "seed": seed,
+        "rotation_block": rotation_block,
+        "fold": fold,
+        "embeddings": embeddings,
+        "gpu": latency_for(gpu, budget),
+        "batch": batch or 1,
+    }
     start_s = time.monotonic()
     given = None if sensitivities is None else read_sensitivities(sensitivities)
-    original, tokenizer = load_original(model, effort)
-    data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    with ProgressBars() as progress, silent_stdout():
-        compiled = qpc.compile(
-            original.to(pick_device(device)),
-            budget,
-            effort=effort,
-            exclude=tuple(exclude or ()),
-            seed=seed,
-            rotation_block=rotation_block,
-            fold=fold,
-            embeddings=embeddings,
-            calibration=data,
-            tokenizer=tokenizer,
-            sensitivity=sensitivity,
-            sensitivities=given,
-            tune=tune,
-            gpu=times,
-            batch=batch or 1,
-            progress=progress,
-        )
-    qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
-    report, elapsed_s = qpc.report_of(compiled), time.monotonic() - start_s
+    report = streamed(
+        model,
+        output,
+        budget,
+        wanted=stream,
+        calibration=calibration,
+        sensitivities=given,
+        overwrite=overwrite,
+        device=device,
+        options=options,
+    )
+    if report is None:
+        check_target(output, overwrite)
+        original, tokenizer = load_original(model, effort)
+        data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
+        with ProgressBars() as progress, silent_stdout():
+            compiled = qpc.compile(
+                original.to(pick_device(device)),
+                budget,
+                calibration=data,
+                tokenizer=tokenizer,
+                sensitivity=sensitivity,
+                sensitivities=given,
+                tune=tune,
+                progress=progress,
+                **options,
+            )
+        qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
+        report = qpc.report_of(compiled)
+    elapsed_s = time.monotonic() - start_s
     if as_json:
         print_json({"output": str(output), "elapsed_s": round(elapsed_s, 3)} | described(report))
     else:
@@ -300,35 +318,6 @@ def evaluate_model(
         print(f"mean KL          {result.kl:.4f} nats per token")
         print(f"same first token {result.top1_agreement:.1%}")
     print(f"tokens           {result.tokens} in windows of {result.window}")
-
-
-def load_original(path: Path, effort: str) -> tuple[nn.Module, Any | None]:
-    """A model that is not compiled yet, with its tokenizer. Raises `QpcError` before it takes time if that or the effort is wrong."""
-    from qpc.integrations.transformers import load_pretrained
-    from qpc.quant.palette import Effort
-
-    Effort.parse(effort)
-    if qpc.is_checkpoint(path):
-        raise UsageError(f"{path} is a compiled model already; give the original")
-    return load_pretrained(path)
-
-
-def load_any(path: Path, device: str | None) -> tuple[nn.Module, Any | None]:
-    """A compiled or a plain model with its tokenizer, on the device."""
-    from qpc.integrations.transformers import load_pretrained, load_tokenizer
-
-    where = pick_device(device)
-    if qpc.is_checkpoint(path):
-        return qpc.load(path, device=where), load_tokenizer(path)
-    model, tokenizer = load_pretrained(path)
-    return model.to(where), tokenizer
-
-
-def required(tokenizer: Any | None, model: Path) -> Any:
-    """The tokenizer. Raises `ModelError` if there is none."""
-    if tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer; put its tokenizer files (tokenizer.json, tokenizer_config.json) there")
-    return tokenizer
 
 
 def described(report: Report) -> dict[str, Any]:
