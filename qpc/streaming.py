@@ -18,11 +18,14 @@ from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.ir.annotation import annotation, site_of
 from qpc.ir.program import Program, named_tensors
 from qpc.options import Options
+from qpc.passes.base import Pass
+from qpc.passes.embeddings import Embeddings, PackTables
 from qpc.passes.pipeline import Pipeline
 from qpc.passes.quantize import Quantize
 from qpc.passes.shelf import hollow
 from qpc.progress import Progress, silent, track
 from qpc.quant import palette
+from qpc.quant.palette import default_palette
 from qpc.quant.quantizer import PackedWeight
 from qpc.quant.rotation import Rotation
 from qpc.safetensors_source import SafetensorsSource
@@ -39,8 +42,6 @@ def check_options(options: Options, sensitivities: Sensitivities | None) -> Sens
         raise SettingsError(f"{whole} for the moments behind error feedback; leave it out (--calibration none)")
     if options.fold:
         raise SettingsError(f"{whole} to fold gains and rotations; leave that out (--no-fold)")
-    if options.embeddings is not None:
-        raise SettingsError(f"{whole} to pack embeddings before the allocation; leave them as they are (without --embeddings)")
     return sensitivities
 
 
@@ -52,7 +53,11 @@ def allocated(model: nn.Module, source: SafetensorsSource, options: Options, sen
     program = captured(model, options)
     program.source = source
     group(program, options)
-    Pipeline((options.allocate(options.budget, sensitivities),)).run(program)
+    tables: tuple[Pass, ...] = ()
+    if options.embeddings is not None:
+        quantizer = default_palette(options.effort).at(options.embeddings)
+        tables = (Embeddings(quantizer, options.seed, options.rotation_block, postponed=True),)
+    Pipeline((*tables, options.allocate(options.budget, sensitivities))).run(program)
     return program
 
 
@@ -76,10 +81,16 @@ def fill(
     with DiskShelf(work, expected, shard_bytes, progress) as shelf:
         live = named_tensors(program.module)
         others = [name for name in shelf.names if name in live]
+        tables = (PackTables(shelf, progress),) if program.tables else ()
         for name in track(others, "copy", len(others), progress):
             if not shelf.has(name):
                 shelf.copy(name, source.pieces(name) if live[name].is_meta else [live[name]])
-        Pipeline((Quantize(options.seed, options.rotation_block, progress, shelf=shelf),)).run(program)
+        Pipeline(
+            (
+                *tables,
+                Quantize(options.seed, options.rotation_block, progress, shelf=shelf),
+            )
+        ).run(program)
         result = finish(program, options)
         with work.writing():
             tensor_files.write_index(work.directory, tensor_files.shards(expected, shard_bytes))

@@ -89,6 +89,7 @@ def stream(
     seed: int = 0,
     same_quantizer_in_group: bool = False,
     rotation_block: int | None = None,
+    embeddings: Fraction | float | str | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
     device: torch.device | str = "cpu",
@@ -100,7 +101,7 @@ def stream(
 
     The result is byte for byte that of `qpc.compile` with the same options and `calibration=None`, saved by `qpc.save`. Finished weights
     are noted in OUT.journal, their tensors are in OUT.partial: what was interrupted in whatever way goes on where it was when it is called
-    again. Peak memory is about four times the largest weight in float32, and what Python and the tables of the encoder take.
+    again. Peak memory is about four times the largest weight that is packed, in float32, and what Python and the encoder take.
 
     sensitivities: of the linears; they cannot be estimated in so little memory. device: where weights are packed. Other arguments are those
     of `qpc.compile` and `qpc.save`.
@@ -114,6 +115,7 @@ def stream(
         seed=seed,
         same_quantizer_in_group=same_quantizer_in_group,
         rotation_block=rotation_block,
+        embeddings=embeddings,
         calibration=None,
         gpu=gpu,
         batch=batch,
@@ -137,6 +139,7 @@ def identity(directory: Path, options: Options, sensitivities: Sensitivities, de
         "exclude": list(options.exclude),
         "same_quantizer_in_group": options.same_quantizer_in_group,
         "rotation_block": options.rotation_block,
+        "embeddings": None if options.embeddings is None else str(options.embeddings),
         "gpu": None if options.latency is None else options.latency.title,
         "batch": options.batch,
         "device": torch.device(device).type,
