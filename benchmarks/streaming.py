@@ -1,7 +1,7 @@
 """Memory and time of `qpc compile --stream` on the shapes of Llama 3.1 8B with random weights, in a process of its own.
 
 The model (16 GB of bfloat16 in shards) and sensitivities are written to a directory first, unless they are there. The command is ended with
-SIGKILL once it has packed the linears of some decoder layers, called again, which must not pack one of them again, and ended one layer
+SIGKILL once it has packed the linears of some decoder layers, called again, which must not pack one of them again, and ended one linear
 later; the time of all layers is extrapolated. The bound of memory is four times the largest linear in float32 and 1.5 GB.
 """
 
@@ -126,7 +126,7 @@ def measure(model: Path, output: Path, sizes: dict[str, Any], layers: int, bits:
     row["weights_per_s"] = round(weights / max(row["layer_s"], 0.1))
     if layers < total:
         before = [entry for entry in journal(output) if "facts" in entry]
-        second = Run.of(model, output, bits, effort, (layers + 1) * LINEARS, True)
+        second = Run.of(model, output, bits, effort, layers * LINEARS + 1, True)
         steps = [entry["step"] for entry in journal(output) if "facts" in entry]
         if len(steps) != len(set(steps)) or steps[: len(before)] != [entry["step"] for entry in before]:
             raise BenchmarkError("a weight that was finished was packed again")

@@ -132,6 +132,8 @@ def compile_model(
         budget,
         wanted=stream,
         calibration=calibration,
+        tokens=tokens,
+        start=start,
         sensitivities=given,
         overwrite=overwrite,
         device=device,

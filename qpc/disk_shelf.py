@@ -30,24 +30,26 @@ class DiskShelf:
     """
 
     def __init__(self, work: WorkInProgress, layout: Mapping[str, Tensor], shard_bytes: int, progress: Progress = silent) -> None:
-        """layout: every tensor of the checkpoint by name, on the meta device or not. Raises `CheckpointError` if the disk is too small."""
+        """layout: every tensor of the checkpoint by name, on the meta device or not."""
         self.checksums: dict[str, str] = {}
-        self._work = work
+        self._work, self._layout, self._shard_bytes, self._progress = work, layout, shard_bytes, progress
         self._places: dict[str, Stored] = {}
         self._done: dict[str, dict[str, Any]] = {}
         self._files = ExitStack()
         self._handles: dict[str, int] = {}
-        with work.writing():
-            for file, tensors in shards(layout, shard_bytes).items():
-                self._places |= self._prepare(file, tensors)
-        finished = {entry["step"]: entry for entry in work.entries if "checksums" in entry}
-        for step, entry in track(finished.items(), "check", len(finished), progress):
+
+    def __enter__(self) -> Self:
+        """Open the files. Raises `CheckpointError` if the disk is too small for them."""
+        with ExitStack() as opened, self._work.writing():
+            for file, tensors in shards(self._layout, self._shard_bytes).items():
+                self._places |= self._prepare(file, tensors, opened)
+            self._files = opened.pop_all()
+        finished = {entry["step"]: entry for entry in self._work.entries if "checksums" in entry}
+        for step, entry in track(finished.items(), "check", len(finished), self._progress):
             sums = entry["checksums"]
             if all(name in self._places and self._places[name].checksum() == checksum for name, checksum in sums.items()):
                 self._done[step] = entry
                 self.checksums |= sums
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -78,12 +80,12 @@ class DiskShelf:
         """Write a tensor that comes in pieces along its first axis."""
         self._finish(f"tensor {name}", {name: pieces})
 
-    def _prepare(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    def _prepare(self, file: str, tensors: Mapping[str, Tensor], opened: ExitStack) -> dict[str, Stored]:
         """Open a file, with its header and its full size."""
         path = self._work.directory / file
         head, places = outline(path, tensors)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._files.callback(os.close, handle)
+        opened.callback(os.close, handle)
         self._handles[file] = handle
         size = max((place.stop for place in places.values()), default=len(head))
         os.ftruncate(handle, min(size, os.fstat(handle).st_size))

@@ -1,5 +1,6 @@
 """Directories that appear whole or not at all."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -48,6 +49,12 @@ def publish(partial: Path, target: Path, overwrite: bool = False) -> None:
         shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {target}: {error.strerror or error}") from error
+
+
+def clear_retired(target: Path) -> None:
+    """Remove what a process that was killed meanwhile has left of a directory that was replaced."""
+    for retired in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_target(directory: str | os.PathLike[str], overwrite: bool = False) -> Path:

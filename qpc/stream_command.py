@@ -25,6 +25,8 @@ def streamed(
     *,
     wanted: bool | None,
     calibration: str,
+    tokens: int | None,
+    start: str | None,
     sensitivities: "Sensitivities | None",
     overwrite: bool,
     device: str | None,
@@ -36,13 +38,16 @@ def streamed(
     """
     if wanted is False or (wanted is None and not oversized(model)):
         return None
+    from qpc.calibration import SelfSampled
+    from qpc.calibration import parse as parse_calibration
     from qpc.integrations.streamed import Stream
     from qpc.options import Options
 
     if qpc.is_checkpoint(model):
         raise UsageError(f"{model} is a compiled model already; give the original")
     with ProgressBars() as progress, silent_stdout():
-        parsed = Options.of(budget, calibration=None if calibration == "none" else "self", tune="off", **options)
+        data = parse_calibration(calibration, tokens=tokens, start=start) if calibration == "none" else SelfSampled()
+        parsed = Options.of(budget, calibration=data, tune="off", **options)
         try:
             plan = Stream.of(model, parsed, sensitivities, pick_device(device))
         except SettingsError as error:

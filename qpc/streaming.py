@@ -35,13 +35,15 @@ from qpc.work_in_progress import WorkInProgress
 
 def check_options(options: Options, sensitivities: Sensitivities | None) -> Sensitivities:
     """The sensitivities, if a model can be compiled with these options weight by weight. Raises `SettingsError` if not."""
-    whole = "a model that is compiled weight by weight is never in memory as a whole, as is needed"
     if sensitivities is None:
-        raise SettingsError(f"{whole} to estimate sensitivities; give them as a file (--sensitivities FILE)")
+        raise SettingsError(
+            "sensitivities are estimated with the whole model in memory, which is read weight by weight; give a file of them "
+            "(--sensitivities FILE)"
+        )
     if options.calibration is not None:
-        raise SettingsError(f"{whole} for the moments behind error feedback; leave it out (--calibration none)")
+        raise SettingsError("weights that are read one by one are rounded without error feedback; agree to it (--calibration none)")
     if options.fold:
-        raise SettingsError(f"{whole} to fold gains and rotations; leave that out (--no-fold)")
+        raise SettingsError("gains and rotations are folded into all weights around them, which are read one by one; leave it (--no-fold)")
     return sensitivities
 
 
@@ -85,12 +87,8 @@ def fill(
         for name in track(others, "copy", len(others), progress):
             if not shelf.has(name):
                 shelf.copy(name, source.pieces(name) if live[name].is_meta else [live[name]])
-        Pipeline(
-            (
-                *tables,
-                Quantize(options.seed, options.rotation_block, progress, shelf=shelf),
-            )
-        ).run(program)
+        quantize = Quantize(options.seed, options.rotation_block, progress, shelf=shelf)
+        Pipeline((*tables, quantize)).run(program)
         result = finish(program, options)
         with work.writing():
             tensor_files.write_index(work.directory, tensor_files.shards(expected, shard_bytes))

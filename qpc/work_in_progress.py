@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpc.errors import CheckpointError
-from qpc.output_directory import check_target, publish
+from qpc.output_directory import check_target, clear_retired, publish
 
 FORMAT = 1
 """Version of the journal."""
@@ -66,6 +66,7 @@ class WorkInProgress:
 
     def _move(self, overwrite: bool) -> None:
         publish(self.directory, self.target, overwrite)
+        clear_retired(self.target)
         with self.writing():
             _sync(self.target.parent)
             self.journal.unlink()
@@ -84,9 +85,9 @@ class WorkInProgress:
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._file, len(whole))
         try:
-            self.entries = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise CheckpointError(f"{self.journal} is damaged: {error}; remove it and {self.directory} to begin anew") from error
+            self.entries = [dict(json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.journal} is damaged: {error}; remove it to begin anew") from error
         if not self.entries:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir()

@@ -129,7 +129,7 @@ class Runs:
         return self.go_on("killed", output, code)
 
     def starved(self, number: int) -> Trial:
-        """From some step on the system refuses every write, by a limit of the size of files: where no disk can be filled up."""
+        """From some step on the system refuses every write, by a limit of the size of files."""
         output, moment = self.home / f"starved-{number}", 1 + number * (self.steps - 1) // FULL_DISKS
 
         def refuse(step: int) -> None:
@@ -139,7 +139,7 @@ class Runs:
         return self.go_on("starved", output, self.wait(self.begin(output, refuse)))
 
     def full(self, disk: Path, number: int) -> Trial:
-        """A file system that something else fills up meanwhile."""
+        """A file system that something else fills up meanwhile, where one can be mounted."""
         output, moment, other = disk / f"full-{number}", 1 + number * (self.steps - 1) // FULL_DISKS, disk / "other"
 
         def fill(step: int) -> None:
@@ -211,18 +211,17 @@ def main(model: Path, home: Path) -> None:
     runs = Runs(model, home)
     shutil.copyfile(home / "all_steps", home / "all_lines")
     trials = [runs.killed(number) for number in range(KILLS)]
+    trials += [runs.starved(number) for number in range(FULL_DISKS)]
     trials += [runs.damaged("lost tensors", lose_tensors), runs.damaged("torn journal", tear_journal)]
     disk = home / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
     if mount.returncode == 0:
         try:
-            trials += [runs.full(disk, number) for number in range(FULL_DISKS)]
+            trials += [runs.full(disk, number) for number in (0, FULL_DISKS - 1)]
             trials.append(runs.too_small(disk))
         finally:
             subprocess.run(["umount", disk], check=True)
-    else:
-        trials += [runs.starved(number) for number in range(FULL_DISKS)]
     print(json.dumps([asdict(trial) for trial in trials]))
 
 

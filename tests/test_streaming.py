@@ -27,11 +27,11 @@ from qpc.options import Options
 from qpc.sensitivity import Loss, Sensitivities
 from qpc.work_in_progress import working_on
 from tests import interrupted
-from tests.families import FAMILIES, causal_lm, copied, decoder
+from tests.families import causal_lm, copied, decoder
 
 BUDGET = interrupted.BUDGET
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama_tied": lambda: FAMILIES["llama_tied"]().to(torch.bfloat16),
+    "llama_tied": lambda: decoder("Llama", tie_word_embeddings=True, num_hidden_layers=1).to(torch.bfloat16),
     "llama_odd": partial(decoder, "Llama", hidden_size=60, intermediate_size=100, head_dim=20, num_hidden_layers=1),
     "gpt2": partial(causal_lm, "GPT2", n_embd=64, n_layer=1, n_head=4, n_positions=128),
 }
@@ -126,7 +126,7 @@ def test_interrupted_at_any_moment(stored: Callable[[str], Path], tmp_path: Path
     assert sum(trial.code < 0 for trial in kinds["killed"]) >= interrupted.KILLS - interrupted.LAST_KILLS
     for trial in full:
         assert trial.code == interrupted.DISK_FULL and "make room and start again" in trial.told, trial
-    assert len({trial.finished for trial in full}) >= 3, "at different moments"
+    assert len({trial.finished for trial in full if trial.kind == "starved"}) > interrupted.FULL_DISKS // 2, "at different moments"
     assert all("No space left on device" in trial.told for trial in full if trial.kind != "starved")
 
 
@@ -182,9 +182,10 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), working_on(tmp_path / "out", {"seed": 0}):
         raise KeyboardInterrupt
-    (tmp_path / "out.journal").write_text("{\n")
-    with pytest.raises(CheckpointError, match=r"out\.journal is damaged.*begin anew"), working_on(tmp_path / "out", {"seed": 0}):
-        pass
+    for content in ("{\n", "1\n"):
+        (tmp_path / "out.journal").write_text(content)
+        with pytest.raises(CheckpointError, match=r"out\.journal is damaged.*begin anew"), working_on(tmp_path / "out", {"seed": 0}):
+            pass
 
 
 def test_a_changed_allocation_does_not_go_on(planned: Stream, tmp_path: Path) -> None:
