@@ -121,7 +121,7 @@ def _agree(work: WorkInProgress, program: Program) -> None:
         work.record(step="allocation", sha256=found)
     elif before["sha256"] != found:
         raise CheckpointError(
-            f"the allocation is another one than when the work in {work.directory} began; remove {work.journal} to begin anew"
+            f"the allocation is another one than when the work in {work.directory} began; remove {work.anew} to begin anew"
         )
 
 

@@ -7,7 +7,6 @@ cut off is forgotten, and the step it stood for is done again. The first line sa
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +86,12 @@ class WorkInProgress:
         try:
             self.entries = [dict(json.loads(line)) for line in whole.splitlines()]
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.journal} is damaged: {error}; remove it to begin anew") from error
+            raise CheckpointError(f"{self.journal} is damaged: {error}; remove {self.anew} to begin anew") from error
         if not self.entries:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.directory.mkdir()
+            if self.directory.exists() and any(self.directory.iterdir()):
+                self.journal.unlink()
+                raise CheckpointError(f"{self.directory} is in the way, and there is no journal of what it is; remove it")
+            self.directory.mkdir(exist_ok=True)
             self.record(format=FORMAT, **identity)
             _sync(self.target.parent)
             return
@@ -100,8 +101,13 @@ class WorkInProgress:
             told = "; ".join(f"{key} is {known.get(key)} there and {identity.get(key, FORMAT)} here" for key in other)
             raise CheckpointError(
                 f"{self.directory} holds the unfinished work of another compile: {told}. "
-                f"Give the same model and options to go on with it, or remove {self.journal} to begin anew"
+                f"Give the same model and options to go on with it, or remove {self.anew} to begin anew"
             )
+
+    @property
+    def anew(self) -> str:
+        """What to remove to begin anew."""
+        return f"{self.journal} and {self.directory}"
 
     def _failed(self, error: OSError) -> CheckpointError:
         reason = error.strerror or error

@@ -24,6 +24,7 @@ from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.integrations.streamed import Stream, identity
 from qpc.integrations.transformers import load_pretrained
 from qpc.options import Options
+from qpc.passes.embeddings import lookup_scale
 from qpc.sensitivity import Loss, Sensitivities
 from qpc.work_in_progress import working_on
 from tests import interrupted
@@ -130,6 +131,13 @@ def test_interrupted_at_any_moment(stored: Callable[[str], Path], tmp_path: Path
     assert all("No space left on device" in trial.told for trial in full if trial.kind != "starved")
 
 
+def test_an_embedding_is_known_without_its_values() -> None:
+    embedding = decoder("Gemma3", num_hidden_layers=1).get_input_embeddings()
+    scale = lookup_scale(embedding)
+    embedding.weight = nn.Parameter(embedding.weight.to("meta"))
+    assert scale not in (None, 1.0) and lookup_scale(embedding) == scale
+
+
 def test_other_options_do_not_go_on(planned: Stream, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -140,6 +148,9 @@ def test_other_options_do_not_go_on(planned: Stream, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another compile: shard_bytes is"):
         again(planned).carry_out(out, shard_bytes=1000)
     (tmp_path / "out.journal").unlink()
+    with pytest.raises(CheckpointError, match=r"out\.partial is in the way.*remove it"):
+        again(planned, seed=1).carry_out(out)
+    shutil.rmtree(tmp_path / "out.partial")
     again(planned, seed=1).carry_out(out)
     assert qpc.verify(out).intact and [path.name for path in tmp_path.iterdir()] == ["out"]
 
