@@ -14,6 +14,7 @@ BENCHMARKS = {
     "fusion": "loss within a time, with and without choosing what runs as one",
     "encode": "speed of the trellis encoders",
     "quality": "perplexity and KL of a compiled model against bits",
+    "streaming": "memory and time of compiling a model weight by weight, on a CPU",
     "onnx": "size, error and time of an ONNX file of a compiled model, on a CPU",
     "check": "every kernel of a GPU against its oracle",
     "kernels": "the fused multiplication on a GPU, against bf16 and int4",

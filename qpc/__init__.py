@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from qpc.integrations.generation import Generated, generate
     from qpc.integrations.hf_config import QPaletteConfig
     from qpc.integrations.storage import load, save
+    from qpc.integrations.streamed import stream
     from qpc.passes.tune import Tuning
     from qpc.planner import Plan, plan
     from qpc.report import Report
+    from qpc.verification import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Report",
     "SelfSampled",
     "Tuning",
+    "Verification",
     "compile",
     "generate",
     "is_checkpoint",
@@ -40,6 +43,8 @@ __all__ = [
     "plan",
     "report_of",
     "save",
+    "stream",
+    "verify",
 ]
 
 _HOMES = {
@@ -50,6 +55,7 @@ _HOMES = {
     "Report": "qpc.report",
     "SelfSampled": "qpc.calibration",
     "Tuning": "qpc.passes.tune",
+    "Verification": "qpc.verification",
     "compile": "qpc.integrations.compilation",
     "generate": "qpc.integrations.generation",
     "is_checkpoint": "qpc.checkpoint",
@@ -57,6 +63,8 @@ _HOMES = {
     "plan": "qpc.planner",
     "report_of": "qpc.compiler",
     "save": "qpc.integrations.storage",
+    "stream": "qpc.integrations.streamed",
+    "verify": "qpc.verification",
 }
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON that any machine can read.
 
     qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding and per gain that folding left
-                        between two rotations, tied names, the report
+                        between two rotations, tied names, the report; and the checksums of all tensors and of itself
     model.safetensors   every tensor: those of quantized modules under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
                         all others under the names that the model gives them; or shards with model.safetensors.index.json, as
                         transformers writes them
@@ -10,6 +10,7 @@
 Nothing in it depends on a kernel. A checkpoint is written beside its place and moved there when it is whole.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qpc import tensor_files
 from qpc.compiler import report_of
 from qpc.errors import CheckpointError
 from qpc.inductor.hook import register
@@ -32,13 +33,12 @@ from qpc.quant import palette
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation
 from qpc.report import Report
+from qpc.tensor_files import METADATA, SHARD_BYTES
+from qpc.tensor_files import TENSORS as TENSORS
 
 FORMAT = "qpc"
 FORMAT_VERSION = 3
 MANIFEST = "qpc.json"
-TENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-"""Of a checkpoint whose tensors are in several files: `weight_map` says in which."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 """Of the rows that an embedding makes, by name."""
 
@@ -48,9 +48,12 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / MANIFEST).is_file()
 
 
-def write(model: nn.Module, directory: Path) -> None:
-    """Write manifest and tensors of a compiled model into an existing directory."""
-    save_file(stored(model), directory / TENSORS, metadata={"format": "pt"})
+def write(model: nn.Module, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write manifest and tensors of a compiled model into an existing directory. shard_bytes: most of one file."""
+    cut = tensor_files.shards(stored(model), shard_bytes)
+    for file, tensors in cut.items():
+        save_file(tensors, directory / file, metadata=METADATA)
+    tensor_files.write_index(directory, cut)
     write_manifest(model, directory)
 
 
@@ -60,8 +63,13 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def write_manifest(model: nn.Module, directory: Path) -> None:
-    """Write what the tensors of a compiled model mean into an existing directory."""
+def write_manifest(model: nn.Module, directory: Path, checksums: Mapping[str, str] | None = None) -> None:
+    """Write what the tensors of a compiled model mean into an existing directory.
+
+    checksums: of its stored tensors by name; None takes them.
+    """
+    if checksums is None:
+        checksums = {name: tensor_files.checksum(tensor) for name, tensor in stored(model).items()}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     tables = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedEmbedding)}
     gains = {name: module for name, module in model.named_modules() if isinstance(module, TurnedGain)}
@@ -83,8 +91,15 @@ def write_manifest(model: nn.Module, directory: Path) -> None:
         "gains": {name: {"block": module.block, "offset": module.offset} for name, module in gains.items()},
         "aliases": aliases,
         "report": report_of(model).to_json(),
+        "checksums": dict(checksums),
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    manifest["sha256"] = manifest_checksum(manifest)
+    (directory / MANIFEST).write_text(_text(manifest), encoding="utf-8")
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as it is written, without the line that holds it."""
+    return hashlib.sha256(_text({key: value for key, value in manifest.items() if key != "sha256"}).encode()).hexdigest()
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,26 +138,24 @@ def read_quantizers(directory: str | os.PathLike[str]) -> dict[str, Quantizer]:
 
 
 def tensor_bytes(directory: str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of each tensor of a checkpoint by name, from the header of its file."""
-    path = Path(directory) / TENSORS
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
-    except (OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is cut short or damaged") from error
+    """Bytes of each tensor of a checkpoint by name, from the headers of its files."""
+    return {name: tensor.nbytes for name, tensor in tensor_files.headers(directory).items()}
 
 
-def read_into(model: nn.Module, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+def read_into(
+    model: nn.Module, directory: str | os.PathLike[str], device: torch.device | str = "cpu", *, verify: bool = False
+) -> nn.Module:
     """Fill a model of the right class: quantized linears take their places, every parameter is replaced.
 
-    model: its parameters may be on the meta device, its buffers that no checkpoint holds must be real.
+    model: its parameters may be on the meta device, its buffers that no checkpoint holds must be real. verify: check what was read by the
+    checksums of the manifest; raises `CheckpointError` for what was changed since, or if there are none.
     """
     manifest = read_manifest(directory)
     place(model, manifest)
-    model.load_state_dict(read_tensors(model, manifest, directory, device), assign=True, strict=False)
+    tensors = read_tensors(model, manifest, directory, device)
+    if verify:
+        _check_sums(manifest, tensors, directory)
+    model.load_state_dict(tensors, assign=True, strict=False)
     model.to(device)
     return settle(model, manifest)
 
@@ -164,7 +177,7 @@ def read_tensors(
 
     Raises `CheckpointError` if a tensor is missing, unknown, of another shape, or, where it is packed, of another dtype.
     """
-    tensors = _read_files(Path(directory), device)
+    tensors = tensor_files.read(directory, device)
     for alias, name in manifest["aliases"].items():
         if name not in tensors:
             raise CheckpointError(f"{alias} shares the tensor {name}, which {directory} lacks; the checkpoint is damaged")
@@ -208,13 +221,17 @@ def regroup(model: nn.Module, plan: Report) -> None:
     share_signs(module for module in model.modules() if isinstance(module, PackedModule))
 
 
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+
+
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under their first names, and the other names of tied ones. Signs are shared by many; they are tied where the codes are."""
     first: dict[tuple[object, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         owner, _, leaf = name.rpartition(".")
         codes = aliases.get(f"{owner}.codes0")
         if leaf == "signs" and codes is not None:
@@ -300,37 +317,22 @@ def _count(name: str, entry: dict[str, object], key: str) -> int:
     return value
 
 
-def _read_files(directory: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """The tensors of the one file, or of all shards that the index names."""
-    if (directory / TENSORS).is_file() or not (directory / INDEX).is_file():
-        return _read_file(directory / TENSORS, device)
-    weight_map = _read_index(directory / INDEX)
-    shards = {shard: _read_file(directory / shard, device) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise CheckpointError(f"{directory / shard} lacks the tensor {name}; the checkpoint is incomplete")
-    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+def _check_sums(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    """Manifest and tensors are what was saved."""
+    expected = checksums_of(manifest, directory)
+    if manifest.get("sha256") != manifest_checksum(manifest):
+        raise CheckpointError(f"{Path(directory) / MANIFEST} was changed after it was saved; copy the checkpoint again")
+    for name, checksum in expected.items():
+        if name not in tensors or tensor_files.checksum(tensors[name]) != checksum:
+            raise CheckpointError(f"{name} in {directory} is not what was saved; copy the checkpoint again")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is damaged") from error
-    found = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in found.values()):
-        raise CheckpointError(f"{path} has no valid weight_map from tensors to files beside it; the checkpoint is damaged")
+def checksums_of(manifest: Mapping[str, Any], directory: str | os.PathLike[str]) -> dict[str, str]:
+    """The checksum of each stored tensor by name. Raises `CheckpointError` for a checkpoint from before there were any."""
+    found = manifest.get("checksums")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{Path(directory) / MANIFEST} has no checksums, so nothing tells whether it is whole; save the model again")
     return found
-
-
-def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is cut short or damaged") from error
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:

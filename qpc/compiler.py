@@ -114,6 +114,11 @@ def compile(
         batch=batch,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
+    return finish(program, options)
+
+
+def finish(program: Program, options: Options) -> nn.Module:
+    """From QUANTIZED to the model and its report."""
     name = typical_block(site_of(node).name for node in program.linears())
     before = None if name is None else outline(program, name)
     Pipeline(lowering(program)).run(program)

@@ -1,5 +1,6 @@
 """Directories that appear whole or not at all."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -25,17 +26,35 @@ def replacing(directory: str | os.PathLike[str], overwrite: bool = False) -> Ite
     try:
         partial.chmod(0o755)
         yield partial
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(retired / "old")
-            partial.rename(target)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            partial.rename(target)
+        publish(partial, target, overwrite=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path, overwrite: bool = False) -> None:
+    """Give a directory that is whole its final name.
+
+    Raises `CheckpointError` if the place is taken (and not `overwrite`) or cannot be written.
+    """
+    check_target(target, overwrite)
+    try:
+        if not target.exists():
+            partial.rename(target)
+            return
+        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        target.rename(retired / "old")
+        partial.rename(target)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {target}: {error.strerror or error}") from error
+
+
+def clear_retired(target: Path) -> None:
+    """Remove what a process that was killed meanwhile has left of a directory that was replaced."""
+    for retired in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_target(directory: str | os.PathLike[str], overwrite: bool = False) -> Path:

@@ -68,5 +68,13 @@ TuneSteps = Annotated[
     str,
     typer.Option("--tune", metavar="auto|off|STEPS", help="Steps in which scales and norms are tuned on that text; auto: if on a GPU."),
 ]
+Streaming = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read MODEL weight by weight, and go on where it was interrupted; needs --calibration none and --sensitivities.",
+        show_default="if it does not fit into memory",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]

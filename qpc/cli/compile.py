@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,12 +27,14 @@ from qpc.cli.arguments import (
     Seed,
     SensitivityFile,
     SensitivityMethod,
+    Streaming,
     Total,
     TuneSteps,
 )
 from qpc.cli.inputs import load_original, pick_device, read_sensitivities
 from qpc.cli.limits import Limited
 from qpc.cli.output import described, print_json, show
+from qpc.cli.stream import streamed
 from qpc.terminal import ProgressBars, silent_stdout
 
 EXAMPLES = (
@@ -64,6 +66,7 @@ def compile_model(
     sensitivities: SensitivityFile = None,
     tune: TuneSteps = "auto",
     seed: Seed = 0,
+    stream: Streaming = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -74,34 +77,51 @@ def compile_model(
     from qpc.output_directory import check_target
 
     budget = Limited(bits, total, kl, latency, batch).budget()
-    times = latency_for(gpu, budget)
-    check_target(output, overwrite)
+    options: dict[str, Any] = {
+        "effort": effort,
+        "exclude": tuple(exclude or ()),
+        "seed": seed,
+        "rotation_block": rotation_block,
+        "fold": fold,
+        "embeddings": embeddings,
+        "gpu": latency_for(gpu, budget),
+        "batch": batch or 1,
+    }
     start_s = time.monotonic()
     given = None if sensitivities is None else read_sensitivities(sensitivities)
-    original, tokenizer = load_original(model, effort)
-    data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
-    with ProgressBars() as progress, silent_stdout():
-        compiled = qpc.compile(
-            original.to(pick_device(device)),
-            budget,
-            effort=effort,
-            exclude=tuple(exclude or ()),
-            seed=seed,
-            rotation_block=rotation_block,
-            fold=fold,
-            embeddings=embeddings,
-            calibration=data,
-            tokenizer=tokenizer,
-            row_feedback=row_feedback,
-            sensitivity=sensitivity,
-            sensitivities=given,
-            tune=tune,
-            gpu=times,
-            batch=batch or 1,
-            progress=progress,
-        )
-    qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
-    report, elapsed_s = qpc.report_of(compiled), time.monotonic() - start_s
+    report = streamed(
+        model,
+        output,
+        budget,
+        wanted=stream,
+        calibration=calibration,
+        tokens=tokens,
+        start=start,
+        sensitivities=given,
+        overwrite=overwrite,
+        device=device,
+        options=options,
+    )
+    if report is None:
+        check_target(output, overwrite)
+        original, tokenizer = load_original(model, effort)
+        data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
+        with ProgressBars() as progress, silent_stdout():
+            compiled = qpc.compile(
+                original.to(pick_device(device)),
+                budget,
+                calibration=data,
+                tokenizer=tokenizer,
+                row_feedback=row_feedback,
+                sensitivity=sensitivity,
+                sensitivities=given,
+                tune=tune,
+                progress=progress,
+                **options,
+            )
+        qpc.save(compiled, output, tokenizer_from=model, overwrite=overwrite)
+        report = qpc.report_of(compiled)
+    elapsed_s = time.monotonic() - start_s
     if as_json:
         print_json({"output": str(output), "elapsed_s": round(elapsed_s, 3)} | described(report))
     else:

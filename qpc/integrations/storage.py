@@ -16,6 +16,7 @@ from qpc.integrations.compilation import adopted
 from qpc.integrations.model_card import CARD, model_card
 from qpc.integrations.tensorrt import Runtime, attach
 from qpc.output_directory import replacing
+from qpc.tensor_files import SHARD_BYTES
 
 
 def save(
@@ -25,25 +26,37 @@ def save(
     tokenizer_from: str | os.PathLike[str] | None = None,
     measured_kl: float | None = None,
     overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a compiled model; the directory appears whole or not at all.
 
     A model of transformers gets a model card, unless the directory had a README.md, which it keeps.
 
     tokenizer_from: a directory whose tokenizer files are copied along. measured_kl: nats per token from the original, for the card.
+    shard_bytes: tensors beyond this go into another file.
     Raises `CheckpointError` if the place is taken or cannot be written.
     """
     with replacing(directory, overwrite) as partial:
-        checkpoint.write(model, partial)
-        if hf.is_pretrained(model):
-            write_configuration(model, partial)
-            if not (Path(directory) / CARD).is_file():
-                card = model_card(report_of(model), hf.base_model(model), measured_kl)
-                (partial / CARD).write_text(card, encoding="utf-8")
-        if tokenizer_from is not None:
-            hf.copy_tokenizer_files(Path(tokenizer_from), partial)
-        if (Path(directory) / CARD).is_file():
-            shutil.copyfile(Path(directory) / CARD, partial / CARD)
+        checkpoint.write(model, partial, shard_bytes)
+        write_companions(model, partial, Path(directory) / CARD, tokenizer_from, measured_kl)
+
+
+def write_companions(
+    model: nn.Module,
+    directory: Path,
+    kept_card: Path,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    measured_kl: float | None = None,
+) -> None:
+    """Write what stands beside manifest and tensors: configuration, model card and tokenizer. kept_card: taken instead if it exists."""
+    if hf.is_pretrained(model):
+        write_configuration(model, directory)
+        card = model_card(report_of(model), hf.base_model(model), measured_kl)
+        (directory / CARD).write_text(card, encoding="utf-8")
+    if tokenizer_from is not None:
+        hf.copy_tokenizer_files(Path(tokenizer_from), directory)
+    if kept_card.is_file():
+        shutil.copyfile(kept_card, directory / CARD)
 
 
 def write_configuration(model: Any, directory: Path) -> None:
@@ -65,15 +78,17 @@ def load(
     *,
     device: torch.device | str = "cpu",
     runtime: Runtime | str = Runtime.PYTORCH,
+    verify: bool = False,
 ) -> nn.Module:
     """Read a compiled model.
 
     model: for modules that are not of transformers, a fresh one of the same class; its linears are replaced in place.
     runtime: what runs the operators that are not of qpc: "pytorch", or "tensorrt", which needs torch_tensorrt and a GPU.
+    verify: check every tensor by its checksum, as `qpc.verify` does; takes about as long again as reading.
     Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model; `SettingsError` if the
     runtime is unknown or cannot be had.
     """
     chosen = Runtime.parse(runtime)
     checkpoint.read_manifest(directory)
-    result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device))
+    result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device, verify=verify))
     return attach(result) if chosen is Runtime.TENSORRT else result

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from qpc.errors import ModelError
 from qpc.ir.annotation import Annotation, annotation
+from qpc.ir.source import Source
 from qpc.ir.stage import Stage
 from qpc.ir.table import Table
 from qpc.quant.quantizer import PackedWeight
@@ -44,6 +45,7 @@ class Program:
     history: names of the passes already run, in order; a graph may go through several pipelines.
     calibration: the inputs on which second moments were taken, in words; None: there were none.
     allocation: what the solver chose, a `qpc.solver.Allocation` (from ALLOCATED on). The IR knows nothing of solvers, hence the type.
+    source: where values are read from that the module has on the meta device; None: it has all of them.
     """
 
     graph_module: fx.GraphModule
@@ -61,6 +63,7 @@ class Program:
     history: list[str] = field(default_factory=list)
     calibration: str | None = None
     allocation: object | None = None
+    source: Source | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -82,6 +85,16 @@ class Program:
         value = getattr(self.module.get_submodule(owner), leaf)
         assert isinstance(value, Tensor)
         return value
+
+    def values(self, name: str) -> Tensor:
+        """The values of this parameter or buffer, without gradient: live ones, or read from the source."""
+        live = self.tensor(name).detach()
+        return self.source.read(name) if self.source is not None and live.is_meta else live
+
+    def home(self, name: str) -> torch.device:
+        """The device of `values`."""
+        live = self.tensor(name)
+        return self.source.device if self.source is not None and live.is_meta else live.device
 
     def latest(self, name: str) -> Tensor:
         """The tuned value of this qualified name, else the live one."""

@@ -1,5 +1,6 @@
 """Embeddings: pack tables and output heads at one rate, apart from the allocation; what is tied stays tied."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from qpc.ir.table import APART, Lookup, Table, looks_up
 from qpc.kernels.encoder import encoder_for
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.quantize import excess_kurtosis, relative_error
+from qpc.passes.shelf import Facts, Shelf, hollow
 from qpc.progress import Progress, silent, track
 from qpc.quant.hadamard import block_within
 from qpc.quant.quantizer import Quantizer
@@ -28,6 +30,7 @@ class Embeddings(Pass):
     """Packs every table that the graph only looks up or multiplies by, and every output head: before the allocation, which needs the bytes.
 
     quantizer: of all of them. seed: of the signs, which depend on it and on the name of the parameter. rotation_block: as for `Quantize`.
+    postponed: leave the values to `PackTables`; sizes and signs are known without them.
     Rounds each weight on its own, without error feedback. A table that was folded is rotated already.
     """
 
@@ -38,6 +41,7 @@ class Embeddings(Pass):
     seed: int = 0
     rotation_block: int | None = None
     progress: Progress = silent
+    postponed: bool = False
 
     def run(self, program: Program) -> PassResult:
         """Fill `program.tables`."""
@@ -45,13 +49,11 @@ class Embeddings(Pass):
         placeholders = program.graph.find_nodes(op="placeholder")
         found = [candidate for node in placeholders if (candidate := self._candidate(program, node, remarks)) is not None]
         for weight, lookups, heads in track(found, "embeddings", len(found), self.progress):
-            matrix = program.tensor(weight).detach()
-            table = self._packed(weight, matrix, lookups, heads, rotated=weight in program.rotated)
-            if table.packed.nbytes >= matrix.nbytes:
-                reason = f"{self.quantizer} does not make it smaller than its {matrix.nbytes} bytes"
-                remarks.append(self.declined(weight, reason))
+            table, stored = self._hollow(program, weight, lookups, heads), program.tensor(weight).nbytes
+            if table.packed.nbytes >= stored:
+                remarks.append(self.declined(weight, f"{self.quantizer} does not make it smaller than its {stored} bytes"))
             else:
-                program.tables[weight] = table
+                program.tables[weight] = table if self.postponed else filled(program, table)[0]
         return PassResult(tuple(program.tables), tuple(remarks))
 
     def _candidate(self, program: Program, node: fx.Node, remarks: list[Remark]) -> tuple[str, tuple[Lookup, ...], tuple[str, ...]] | None:
@@ -83,17 +85,47 @@ class Embeddings(Pass):
                 return None
         return weight, tuple(scales), tuple(heads)
 
-    def _packed(self, weight: str, matrix: Tensor, lookups: tuple[Lookup, ...], heads: tuple[str, ...], rotated: bool) -> Table:
-        rows, features = matrix.shape
+    def _hollow(self, program: Program, weight: str, lookups: tuple[Lookup, ...], heads: tuple[str, ...]) -> Table:
+        """The table without its values."""
+        shape = LinearShape(*program.tensor(weight).shape)
         rotation = None
-        if not rotated:
-            block = block_within(features, self.rotation_block)
-            rotation = Rotation.random(features, seeded_generator(self.seed, weight), block).to(matrix.device)
-        turned = matrix.float() if rotation is None else rotation.apply(matrix.float())
-        packed = replace(self.quantizer.quantize(turned, encoder_for(matrix.device)), rotation=rotation)
-        kurtosis = excess_kurtosis(matrix), excess_kurtosis(turned)
-        error = relative_error(turned, packed.rotated())
-        return Table(weight, LinearShape(rows, features), lookups, heads, packed, error, kurtosis)
+        if weight not in program.rotated:
+            block = block_within(shape.in_features, self.rotation_block)
+            drawn = Rotation.random(shape.in_features, seeded_generator(self.seed, weight), block)
+            rotation = drawn.to(program.home(weight))
+        return Table(weight, shape, lookups, heads, hollow(self.quantizer, shape, rotation), distortion=0.0, kurtosis=(0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class PackTables(Pass):
+    """Fills the tables that `Embeddings` has left without values, and puts them on a shelf, unless it has them already."""
+
+    name: ClassVar[str] = "pack-tables"
+    requires: ClassVar[Stage] = Stage.ALLOCATED
+    ensures: ClassVar[Stage] = Stage.ALLOCATED
+    shelf: Shelf
+    progress: Progress = silent
+
+    def run(self, program: Program) -> PassResult:
+        """Table by table."""
+        for weight, table in track(list(program.tables.items()), "embeddings", len(program.tables), self.progress):
+            facts = self.shelf.find(weight)
+            if facts is None:
+                full, facts = filled(program, table)
+                self.shelf.put(weight, table.names, full.packed, facts)
+                del full
+            program.tables[weight] = replace(table, distortion=facts.distortion, kurtosis=facts.kurtosis)
+        return PassResult(tuple(program.tables))
+
+
+def filled(program: Program, table: Table) -> tuple[Table, Facts]:
+    """A table with its values packed, and what is known of them then."""
+    matrix, rotation, quantizer = program.values(table.weight), table.packed.rotation, table.packed.quantizer
+    before = excess_kurtosis(matrix)
+    turned = matrix.float() if rotation is None else rotation.apply(matrix.float())
+    packed = replace(quantizer.quantize(turned, encoder_for(turned.device)), rotation=rotation)
+    facts = Facts(relative_error(turned, packed.rotated()), packed.nbytes, (before, excess_kurtosis(turned)))
+    return replace(table, packed=packed, distortion=facts.distortion, kurtosis=facts.kurtosis), facts
 
 
 def lookup_scale(module: nn.Embedding) -> float | None:
@@ -106,6 +138,10 @@ def lookup_scale(module: nn.Embedding) -> float | None:
     if type(module).forward is nn.Embedding.forward:
         return 1.0
     count = module.num_embeddings
+    if module.weight.is_meta:  # any values will do
+        count = min(count, PROBED_ROWS)
+        values = torch.randn(count, module.embedding_dim, dtype=module.weight.dtype)
+        module = copy.deepcopy(module, {id(module.weight): nn.Parameter(values)})
     indices = torch.linspace(0, count - 1, min(count, PROBED_ROWS), device=module.weight.device).long()[None]
     with torch.no_grad():
         rows = nn.functional.embedding(indices, module.weight)

@@ -119,7 +119,7 @@ class Feedbacks:
             if owner not in rotations and not folded:
                 block = block_within(site.shape.in_features, self.rotation_block)
                 drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
-                rotations[owner] = drawn.to(self.program.tensor(site.weight).device)
+                rotations[owner] = drawn.to(self.program.home(site.weight))
             rotation = None if folded else rotations[owner]
             jobs: list[Job] = []
             for sharing in weights:

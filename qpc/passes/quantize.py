@@ -1,9 +1,10 @@
 """Quantize: rotate each weight that has a quantizer, and pack it, with error feedback if there are samples of the inputs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
@@ -15,10 +16,11 @@ from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.descent import Descent
 from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.passes.shelf import Facts, Shelf, hollow
 from qpc.passes.student import Student
 from qpc.passes.tune import Lessons, Tuning
 from qpc.progress import Progress, silent, track
-from qpc.quant.quantizer import Quantizer
+from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.stacking import quantize_stacked
 
 WAITING_BYTES = 6 << 30
@@ -26,6 +28,9 @@ WAITING_BYTES = 6 << 30
 
 WORK_BYTES = 16
 """Bytes for each weight that is being packed."""
+
+MEASURED_WEIGHTS = 1 << 22
+"""Weights whose errors are measured at a time, in float64."""
 
 GAUSSIAN_KURTOSIS = 1.0
 """Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
@@ -43,6 +48,7 @@ class Quantize(Pass):
     known: feedback that was made before, of the original model.
     tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
         same.
+    shelf: takes every weight as soon as it is packed, and what it has already is not packed again; weights are then packed one by one.
     """
 
     name: ClassVar[str] = "quantize"
@@ -56,6 +62,7 @@ class Quantize(Pass):
     known: Known = field(default_factory=Known)
     tuning: Tuning | None = None
     lessons: Samples | None = None
+    shelf: Shelf | None = None
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
@@ -95,7 +102,7 @@ class Quantize(Pass):
         for jobs in feedbacks.in_turn(stream):
             waiting += jobs
             due = lessons is not None and lessons.due(jobs)
-            if due or (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
+            if due or self.shelf is not None or (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
                 yield from self._flush(program, waiting, stream, lessons)
                 waiting = []
             if lessons is not None and due:
@@ -104,19 +111,67 @@ class Quantize(Pass):
 
     def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None, lessons: Lessons | None) -> Iterator[None]:
         """Pack what waits: weights of one quantizer and width together."""
-        alike: dict[tuple[Quantizer | None, int], list[Job]] = {}
-        for job in waiting:
+        alike: dict[tuple[Quantizer | None, int] | int, list[Job]] = {}
+        for number, job in enumerate(waiting):
+            if self.shelf is not None and (facts := self.shelf.find(site_of(job.sites[0]).weight)) is not None:
+                _record(program, job, _hollow(job), facts)
+                yield None
+                continue
             first = job.sites[0]
-            alike.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
+            key = (annotation(first).quantizer, site_of(first).shape.in_features)
+            alike.setdefault(key if self.shelf is None else number, []).append(job)
         for jobs in alike.values():
-            made = _pack(program, jobs, None if lessons is None else lessons.student)
+            made = self._pack(program, jobs, None if lessons is None else lessons.student)
             if lessons is not None:
                 for job in jobs:
                     lessons.student.pack(site_of(job.sites[0]).weight, program.packed[site_of(job.sites[0]).name])
             if stream is not None and self.sequential:
                 for job, weight in zip(jobs, made, strict=True):
                     stream.replace(dict.fromkeys(job.sites, weight if job.rotation is None else job.rotation.invert(weight)))
+            del made
             yield from (None for _ in jobs)
+
+    def _pack(self, program: Program, jobs: list[Job], student: Student | None) -> list[Tensor]:
+        """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
+        quantizer = annotation(jobs[0].sites[0]).quantizer
+        assert quantizer is not None
+        rotated, kurtosis = [], []
+        for job in jobs:
+            site = site_of(job.sites[0])
+            weight = weight_matrix(program, site) if student is None else student.matrix(site)
+            kurtosis.append(excess_kurtosis(weight))
+            rotated.append(weight if job.rotation is None else job.rotation.apply(weight))
+            del weight
+        found = quantize_stacked(quantizer, rotated, encoder_for(rotated[0].device), [job.feedback for job in jobs])
+        made = []
+        for job, original, before, packed in zip(jobs, kurtosis, rotated, found, strict=True):
+            packed = replace(packed, rotation=job.rotation)
+            made.append(packed.rotated())
+            facts = Facts(
+                distortion=relative_error(before, made[-1]),
+                weight_bytes=packed.nbytes,
+                kurtosis=(original, excess_kurtosis(before)),
+                remaining=None if job.feedback is None else job.feedback.share_left(before, made[-1], quantizer.distortion),
+            )
+            if self.shelf is not None:
+                self.shelf.put(site_of(job.sites[0]).weight, [site_of(node).name for node in job.sites], packed, facts)
+                packed = _hollow(job)
+            _record(program, job, packed, facts)
+        return made
+
+
+def _hollow(job: Job) -> PackedWeight:
+    """What stands for the weight of a job that is on a shelf."""
+    quantizer = annotation(job.sites[0]).quantizer
+    assert quantizer is not None
+    return hollow(quantizer, site_of(job.sites[0]).shape, job.rotation)
+
+
+def _record(program: Program, job: Job, packed: PackedWeight, facts: Facts) -> None:
+    """Leave a packed weight, and what is known of it, with all its sites."""
+    for node in job.sites:
+        program.packed[site_of(node).name] = packed
+        annotate(node, annotation(node).but(**asdict(facts)))
 
 
 def _weighs(program: Program, waiting: list[Job]) -> int:
@@ -125,47 +180,35 @@ def _weighs(program: Program, waiting: list[Job]) -> int:
     return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
 
 
-def _pack(program: Program, jobs: list[Job], student: Student | None = None) -> list[Tensor]:
-    """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
-    quantizer = annotation(jobs[0].sites[0]).quantizer
-    assert quantizer is not None
-    sites = [site_of(job.sites[0]) for job in jobs]
-    weights = [weight_matrix(program, site) if student is None else student.matrix(site) for site in sites]
-    rotated = [weight if job.rotation is None else job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
-    found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), [job.feedback for job in jobs])
-    made = []
-    for job, weight, before, packed in zip(jobs, weights, rotated, found, strict=True):
-        packed = replace(packed, rotation=job.rotation)
-        made.append(packed.rotated())
-        facts = {
-            "distortion": relative_error(before, made[-1]),
-            "weight_bytes": packed.nbytes,
-            "kurtosis": (excess_kurtosis(weight), excess_kurtosis(before)),
-            "remaining": None if job.feedback is None else job.feedback.share_left(before, made[-1], quantizer.distortion),
-        }
-        for node in job.sites:
-            program.packed[site_of(node).name] = packed
-            annotate(node, annotation(node).but(**facts))
-    return made
-
-
 def weight_matrix(program: Program, site: LinearSite) -> Tensor:
     """The live weight of a site as float32 [out_features, in_features]."""
-    weight = program.tensor(site.weight).detach()
+    weight = program.values(site.weight)
     return (weight.t() if site.transposed else weight).float()
 
 
 def excess_kurtosis(weight: Tensor) -> float:
     """Mean excess kurtosis of the rows; 0 for a Gaussian. Rows of zeros are left out."""
-    square = weight.double().square()
-    variance = square.mean(dim=1)
-    rows = variance > 0
-    if not bool(rows.any()):
-        return 0.0
-    return float((square[rows].square().mean(dim=1) / variance[rows].square()).mean() - 3)
+    found = []
+    for rows in _row_slabs(weight):
+        square = rows.double().square()
+        variance = square.mean(dim=1)
+        there = variance > 0
+        found.append(square[there].square().mean(dim=1) / variance[there].square())
+    each = torch.cat(found)
+    return float(each.mean() - 3) if len(each) else 0.0
 
 
 def relative_error(weight: Tensor, made: Tensor) -> float:
     """Squared error over squared norm; 0 for a weight of zeros."""
-    norm = float(weight.double().square().sum())
-    return float((weight.double() - made.double()).square().sum()) / norm if norm > 0 else 0.0
+    norm, error = [], []
+    for rows, ours in zip(_row_slabs(weight), _row_slabs(made), strict=True):
+        wide = rows.double()
+        norm.append(wide.square().sum(dim=1))
+        error.append((wide - ours.double()).square().sum(dim=1))
+    total = float(torch.cat(norm).sum())
+    return float(torch.cat(error).sum()) / total if total > 0 else 0.0
+
+
+def _row_slabs(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are measured together, so that what is computed in float64 needs little memory."""
+    return torch.split(matrix, max(1, MEASURED_WEIGHTS // max(1, matrix.shape[1])))

@@ -20,12 +20,14 @@ def quantize_stacked(
 
     feedbacks: of each weight, for all or for none.
     """
-    padded = [functional.pad(weight, (0, 0, 0, -len(weight) % BLOCK_ROWS)) for weight in weights]
+    padded = list(weights)
+    if len(weights) > 1:
+        padded = [functional.pad(weight, (0, 0, 0, -len(weight) % BLOCK_ROWS)) for weight in weights]
     feedback = None
     if feedbacks is not None and feedbacks[0] is not None:
         feedback = RowFeedback(tuple((len(rows), each) for rows, each in zip(padded, feedbacks, strict=True) if each is not None))
         assert len(feedback.parts) == len(weights), "feedback for all or for none"
-    whole = quantizer.quantize(torch.cat(padded), encoder, feedback)
+    whole = quantizer.quantize(torch.cat(padded) if len(padded) > 1 else padded[0], encoder, feedback)
     made, start = [], 0
     for weight in weights:
         stop = start + row_blocks(len(weight))

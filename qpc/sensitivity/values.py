@@ -115,8 +115,9 @@ def _numbers(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_finite(program: Program) -> None:
-    """Raise `ModelError` that names the first parameter with a NaN or an infinity."""
+    """Raise `ModelError` that names the first parameter with a NaN or an infinity, of those that are in memory."""
     for name, value in program.module.named_parameters():
-        if value.numel() and value.is_floating_point() and not torch.stack(torch.aminmax(value.detach())).isfinite().all():
+        there = value.numel() and not value.is_meta and value.is_floating_point()
+        if there and not torch.stack(torch.aminmax(value.detach())).isfinite().all():
             bad = (~value.detach().isfinite()).nonzero()
             raise ModelError(f"{name} has {len(bad)} values that are not finite, the first at {bad[0].tolist()}; repair the model first")

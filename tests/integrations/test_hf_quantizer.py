@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qpc
-from qpc import checkpoint
+from qpc import checkpoint, tensor_files
 from qpc.errors import CheckpointError, ModelError, QuantizerError, SettingsError
 from qpc.integrations.hf_config import QPaletteConfig
 from qpc.integrations.transformers import load_pretrained
@@ -298,7 +298,7 @@ def test_damage_is_refused(small: Path, damage: Callable[[Path], object], error:
 )
 def test_damaged_shards_are_refused(small: Path, index: str, message: str) -> None:
     (small / checkpoint.TENSORS).rename(small / "part.safetensors")
-    (small / checkpoint.INDEX).write_text(index)
+    (small / tensor_files.INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=message):
         qpc.load(small)
 

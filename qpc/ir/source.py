@@ -1,0 +1,18 @@
+"""Where the values of a model are that is larger than memory."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Reads parameters and buffers by qualified name, each when it is asked for; the module has them on the meta device.
+
+    device: where what is read is put.
+    """
+
+    device: torch.device
+
+    def read(self, name: str) -> Tensor:
+        """The values, in the shape and dtype that the module has. Raises `QpcError` if they cannot be read."""
