@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from torch import nn
 
 import qpc
 from qpc.arguments import (
@@ -37,16 +36,20 @@ from qpc.arguments import (
     ModelPath,
     Picture,
     RotationBlock,
+    SameInGroup,
     Seed,
     SensitivityFile,
     SensitivityMethod,
     Total,
     TuneSteps,
+    load_any,
+    load_original,
     pick_device,
     read_sensitivities,
     read_text,
+    required,
 )
-from qpc.errors import ModelError, QpcError, UsageError
+from qpc.errors import QpcError, UsageError
 from qpc.export_command import export_model
 from qpc.report import Report, allocation_table, remarks, summary
 from qpc.terminal import ProgressBars, silent_stdout
@@ -89,6 +92,7 @@ def compile_model(
     gpu: GpuName = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
+    same_in_group: SameInGroup = False,
     rotation_block: RotationBlock = None,
     fold: Folding = False,
     embeddings: EmbeddingBits = None,
@@ -122,6 +126,7 @@ def compile_model(
             effort=effort,
             exclude=tuple(exclude or ()),
             seed=seed,
+            same_quantizer_in_group=same_in_group,
             rotation_block=rotation_block,
             fold=fold,
             embeddings=embeddings,
@@ -156,6 +161,7 @@ def plan_model(
     plot: Picture = None,
     effort: EffortName = "default",
     exclude: Exclude = None,
+    same_in_group: SameInGroup = False,
     rotation_block: RotationBlock = None,
     fold: Folding = False,
     embeddings: EmbeddingBits = None,
@@ -192,6 +198,7 @@ def plan_model(
             effort=effort,
             exclude=tuple(exclude or ()),
             seed=seed,
+            same_quantizer_in_group=same_in_group,
             rotation_block=rotation_block,
             fold=fold,
             embeddings=embeddings,
@@ -298,35 +305,6 @@ def evaluate_model(
         print(f"mean KL          {result.kl:.4f} nats per token")
         print(f"same first token {result.top1_agreement:.1%}")
     print(f"tokens           {result.tokens} in windows of {result.window}")
-
-
-def load_original(path: Path, effort: str) -> tuple[nn.Module, Any | None]:
-    """A model that is not compiled yet, with its tokenizer. Raises `QpcError` before it takes time if that or the effort is wrong."""
-    from qpc.integrations.transformers import load_pretrained
-    from qpc.quant.palette import Effort
-
-    Effort.parse(effort)
-    if qpc.is_checkpoint(path):
-        raise UsageError(f"{path} is a compiled model already; give the original")
-    return load_pretrained(path)
-
-
-def load_any(path: Path, device: str | None) -> tuple[nn.Module, Any | None]:
-    """A compiled or a plain model with its tokenizer, on the device."""
-    from qpc.integrations.transformers import load_pretrained, load_tokenizer
-
-    where = pick_device(device)
-    if qpc.is_checkpoint(path):
-        return qpc.load(path, device=where), load_tokenizer(path)
-    model, tokenizer = load_pretrained(path)
-    return model.to(where), tokenizer
-
-
-def required(tokenizer: Any | None, model: Path) -> Any:
-    """The tokenizer. Raises `ModelError` if there is none."""
-    if tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer; put its tokenizer files (tokenizer.json, tokenizer_config.json) there")
-    return tokenizer
 
 
 def described(report: Report) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qpc.budget import Budget, rates, times
-from qpc.errors import BudgetError, UsageError
+from qpc.errors import BudgetError, ModelError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qpc.sensitivity import Sensitivities
 
 Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A compiled model, or a plain Hugging Face directory.", show_default=False)]
@@ -31,6 +33,9 @@ GpuName = Annotated[
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a step, where --latency names none.", show_default="1")]
 EffortName = Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")]
+SameInGroup = Annotated[
+    bool, typer.Option("--same-in-group", help="Linears of one input get the same quantizer, as vLLM runs them.", show_default=False)
+]
 RotationBlock = Annotated[
     int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
 ]
@@ -187,3 +192,35 @@ def read_sensitivities(path: Path) -> "Sensitivities":
     from qpc.sensitivity import Sensitivities
 
     return Sensitivities.from_json(read_text(path))
+
+
+def load_original(path: Path, effort: str) -> tuple["nn.Module", Any | None]:
+    """A model that is not compiled yet, with its tokenizer. Raises `QpcError` before it takes time if that or the effort is wrong."""
+    from qpc.checkpoint import is_checkpoint
+    from qpc.integrations.transformers import load_pretrained
+    from qpc.quant.palette import Effort
+
+    Effort.parse(effort)
+    if is_checkpoint(path):
+        raise UsageError(f"{path} is a compiled model already; give the original")
+    return load_pretrained(path)
+
+
+def load_any(path: Path, device: str | None) -> tuple["nn.Module", Any | None]:
+    """A compiled or a plain model with its tokenizer, on the device."""
+    from qpc.checkpoint import is_checkpoint
+    from qpc.integrations.storage import load
+    from qpc.integrations.transformers import load_pretrained, load_tokenizer
+
+    where = pick_device(device)
+    if is_checkpoint(path):
+        return load(path, device=where), load_tokenizer(path)
+    model, tokenizer = load_pretrained(path)
+    return model.to(where), tokenizer
+
+
+def required(tokenizer: Any | None, model: Path) -> Any:
+    """The tokenizer. Raises `ModelError` if there is none."""
+    if tokenizer is None:
+        raise ModelError(f"{model} has no tokenizer; put its tokenizer files (tokenizer.json, tokenizer_config.json) there")
+    return tokenizer

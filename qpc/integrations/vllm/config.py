@@ -1,0 +1,90 @@
+"""What vLLM asks a quantization method: which layers it quantizes, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from qpc.errors import CheckpointError
+from qpc.integrations.transformers import METHOD
+from qpc.integrations.vllm.linear import PackedLinearMethod
+from qpc.integrations.vllm.stored import StoredLinear, members, stored_linears
+from qpc.kernels.select import MIN_CAPABILITY, TRITON_DTYPES
+
+
+class QPaletteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
+    """The quantized linears of a checkpoint, by their names in the model of vLLM. What is not among them stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears: dict[str, StoredLinear] = {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QPaletteQuantizationConfig":
+        """From the `quantization_config` of config.json. Raises `CheckpointError` for facts that this version does not read."""
+        from qpc.integrations.hf_config import QPaletteConfig
+
+        if QPaletteConfig(**config).format_version is None:
+            raise CheckpointError("config.json asks for a model to be compiled, vLLM serves compiled ones; run `qpc compile` first")
+        return cls()
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read the manifest of the checkpoint. Raises `CheckpointError` if it cannot be served."""
+        from qpc.checkpoint import read_manifest
+
+        self.linears = stored_linears(read_manifest(directory_of(model_name, revision)))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Take the names that vLLM gives to modules."""
+        self.linears = hf_to_vllm_mapper.apply_dict(self.linears)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How to hold and apply the weight of a layer; None for what is no linear.
+
+        Raises `CheckpointError` if the members of a fused layer cannot be one weight.
+        """
+        if isinstance(layer, VocabParallelEmbedding) and prefix in self.linears:
+            raise CheckpointError(f"{prefix} is packed, which is not supported under vLLM; compile without --embeddings")
+        if not isinstance(layer, LinearBase):
+            return None
+        found = members(prefix, self.linears, self.packed_modules_mapping)
+        return PackedLinearMethod(prefix, found) if found else UnquantizedLinearMethod()
+
+    def get_name(self) -> Any:
+        """The name of the method."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that the kernels take."""
+        return list(TRITON_DTYPES)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest GPU that the kernels run on, as vLLM counts."""
+        major, minor = MIN_CAPABILITY
+        return 10 * major + minor
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: config.json names the method, and what else it needs is read in `maybe_update_config`."""
+        return []
+
+
+def directory_of(model: str, revision: str | None) -> Path:
+    """The directory of a checkpoint: a local one, or where its manifest is fetched to. Raises `CheckpointError` if there is no manifest."""
+    from transformers.utils.hub import cached_file
+
+    from qpc.checkpoint import MANIFEST
+
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        found = cached_file(model, MANIFEST, revision=revision)
+    except OSError as error:
+        raise CheckpointError(f"{model} has no {MANIFEST}: {error}") from error
+    assert found is not None, "a missing file raises"
+    return Path(found).parent
