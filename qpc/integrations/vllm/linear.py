@@ -1,8 +1,8 @@
 """How a linear layer of vLLM holds a packed weight, and multiplies by it.
 
-All ranks and layers of a step run the operators that a model of `qpc.load` runs: one rotation of the input and one product for a fused
-layer. They allocate nothing that outlives a call and read nothing back, so that a step can be captured in a CUDA graph; traced by
-`torch.compile` they are single nodes. On a CPU the weight is dequantized at the first product.
+It runs the operators that a model of `qpc.load` runs: one rotation of the input and one product for all members of a fused layer. Traced by
+`torch.compile` they are single nodes, for any number of rows. What they keep between calls is made by calls that warm up, so a step can
+be captured in a CUDA graph. On a CPU the weight is dequantized at the first product. (Run under vLLM on CPUs; not yet on a GPU.)
 """
 
 from functools import partial

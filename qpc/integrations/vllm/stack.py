@@ -131,7 +131,7 @@ def _shard(layer: str, linear: StoredLinear, rows: range, columns: range) -> Sha
         if narrow and len(columns) % BLOCK_COLUMNS:
             advice = f"split its columns into {_parts(linear.in_features, BLOCK_COLUMNS)} parts"
         elif narrow and linear.block and len(columns) % linear.block:
-            advice = f"compile again with --rotation-block {len(columns)}, or use one rank"
+            advice = f"compile again with --rotation-block {len(columns)}, or take one rank"
         raise CheckpointError(f"{layer} cannot be split like this: {linear.leaf}: {error}; {advice}") from error
 
 
