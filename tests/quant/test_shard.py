@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpc.errors import QuantizerError
-from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS, row_blocks
+from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.mixed import MixedRateQuantizer
-from qpc.quant.quantizer import PackedWeight, Quantizer
-from qpc.quant.rotation import Rotation
+from qpc.quant.quantizer import Quantizer
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.shard import Shard
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.quant.vector import VectorQuantizer
+from tests.quant.coded import coded
 
 QUANTIZERS = (
     TrellisQuantizer(5, 14),
@@ -26,23 +26,10 @@ QUANTIZERS = (
 )
 
 
-def weight(quantizer: Quantizer, rows: int, columns: int, block: int = 0) -> PackedWeight:
-    """Random codes: every string of bits is the code of some weight."""
-    generator = torch.Generator().manual_seed(rows * columns)
-    blocks = row_blocks(rows)
-    codes = tuple(
-        torch.randint(-(1 << 31), 1 << 31, (blocks, width, part.block_words), generator=generator).int()
-        for part, width in quantizer.parts(columns)
-    )
-    scales = torch.rand(blocks * BLOCK_ROWS, generator=generator).add(0.5).bfloat16()
-    rotation = Rotation.random(columns, generator, block) if block else None
-    return PackedWeight(rows, columns, quantizer, codes, scales, rotation)
-
-
 @given(st.sampled_from(QUANTIZERS), st.integers(1, 200), st.integers(1, 150), st.data())
 @settings(deadline=None, max_examples=60)
 def test_a_range_decodes_to_the_range(quantizer: Quantizer, height: int, width: int, data: st.DataObject) -> None:
-    whole = weight(quantizer, height, width)
+    whole = coded(quantizer, height, width)
     axes = []
     for size, step in ((height, BLOCK_ROWS), (width, BLOCK_COLUMNS)):
         start = data.draw(st.integers(0, (size - 1) // step)) * step
@@ -56,7 +43,7 @@ def test_a_range_decodes_to_the_range(quantizer: Quantizer, height: int, width: 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_products_of_ranges_add_up(quantizer: Quantizer) -> None:
-    whole = weight(quantizer, 128, 192, block=32)
+    whole = coded(quantizer, 128, 192, block=32)
     x = torch.randn(3, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = x @ whole.restored().double().T
     columns = [range(start, start + 64) for start in (0, 64, 128)]
@@ -66,7 +53,7 @@ def test_products_of_ranges_add_up(quantizer: Quantizer) -> None:
 
 
 def test_nothing_is_copied() -> None:
-    whole = weight(QUANTIZERS[3], 128, 128, block=16)
+    whole = coded(QUANTIZERS[3], 128, 128, block=16)
     part = Shard.of(whole, range(64, 128), range(16, 64))
     stored = {tensor.untyped_storage().data_ptr() for tensor in (*whole.codes, whole.scales, whole.rotation.signs)}
     assert {tensor.untyped_storage().data_ptr() for tensor in (*part.codes, part.scales, part.rotation.signs)} == stored
@@ -87,4 +74,4 @@ def test_nothing_is_copied() -> None:
 )
 def test_a_range_between_blocks_is_refused(rows: range, columns: range, message: str) -> None:
     with pytest.raises(QuantizerError, match=message):
-        Shard.of(weight(QUANTIZERS[0], 96, 64, block=32), rows, columns)
+        Shard.of(coded(QUANTIZERS[0], 96, 64, block=32), rows, columns)

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sliding windows": ("gemma3", {}, {}),
     "fused in the checkpoint": ("phi3", {}, {}),
     "biases": ("gpt2", {}, {}),
+    "packed embeddings": ("gemma3", {"embeddings": 6}, {}),
 }
 """A model, options of the compiler, options of the engine."""
 
@@ -93,7 +94,8 @@ def test_same_tokens(save: Callable[..., Path], case: str) -> None:
     assert served(directory, **engine) == tokens
 
 
-def test_same_tokens_of_a_real_model(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("embeddings", [(), ("--embeddings", "6")], ids=["", "packed embeddings"])
+def test_same_tokens_of_a_real_model(request: pytest.FixtureRequest, tmp_path: Path, embeddings: tuple[str, ...]) -> None:
     original = request.config.getoption("--smollm2")
     if original is None:
         pytest.skip("give --smollm2 DIR, the model that `make demo` unpacks")
@@ -102,7 +104,7 @@ def test_same_tokens_of_a_real_model(request: pytest.FixtureRequest, tmp_path: P
     values = {f"model.layers.{layer}.{leaf}": 1.0 for layer in range(30) for leaf in leaves}
     alike.write_text(Sensitivities(values, Loss.KL, noise=0, seed=0, tokens=0).to_json(), encoding="utf-8")
     command = [sys.executable, "-m", "qpc", "compile", original, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast"]
-    given = ["--same-in-group", "--calibration", "none", "--sensitivities", alike]
+    given = ["--same-in-group", "--calibration", "none", "--sensitivities", alike, *embeddings]
     subprocess.run([str(word) for word in (*command, *given)], check=True, capture_output=True)
     assert served(tmp_path / "out") == expected(tmp_path / "out")
 
@@ -117,10 +119,9 @@ def test_same_tokens_of_a_real_model(request: pytest.FixtureRequest, tmp_path: P
             "vLLM runs model.layers.0.self_attn.qkv_proj as one weight, but its members have different quantizers: q_proj trellis",
         ),
         ("qwen3", {}, {"tensor_parallel_size": 2}, "compile again with --rotation-block 128"),
-        ("llama", {"embeddings": 6}, {}, "model.embed_tokens is packed, which is not supported under vLLM; compile without --embeddings"),
         ("llama, tied", {"fold": True}, {}, "has a gain between two rotations, which is not supported under vLLM; compile without --fold"),
     ],
-    ids=["groups that disagree", "rotation across ranks", "packed embeddings", "gains that are left"],
+    ids=["groups that disagree", "rotation across ranks", "gains that are left"],
 )
 def test_what_is_not_served_is_refused(
     save: Callable[..., Path], name: str, options: dict[str, Any], engine: dict[str, Any], told: str

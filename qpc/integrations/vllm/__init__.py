@@ -1,4 +1,4 @@
-"""The quantization method `qpalette` of vLLM: it serves what `qpc.compile` made, from packed codes.
+"""The quantization method `qpalette` of vLLM: it serves what `qpc.compile` made, its codes still packed.
 
 vLLM finds it by itself: the package declares `register` among its general plugins. Nothing here imports vLLM before that is called.
 """

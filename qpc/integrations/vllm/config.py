@@ -11,17 +11,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from qpc.errors import CheckpointError
 from qpc.integrations.transformers import METHOD
+from qpc.integrations.vllm.embedding import PackedTableMethod
 from qpc.integrations.vllm.linear import PackedLinearMethod
-from qpc.integrations.vllm.stored import StoredLinear, members, stored_linears
+from qpc.integrations.vllm.stored import StoredWeight, linears_of, members, table_of, tables_of
 from qpc.kernels.select import MIN_CAPABILITY, TRITON_DTYPES
 
 
 class QPaletteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
-    """The quantized linears of a checkpoint, by their names in the model of vLLM. What is not among them stays as it is."""
+    """The packed linears and embeddings of a checkpoint, by their names in the model of vLLM. All others stay as they are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linears: dict[str, StoredLinear] = {}
+        self.linears: dict[str, StoredWeight] = {}
+        self.tables: dict[str, StoredWeight] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QPaletteQuantizationConfig":
@@ -36,19 +38,22 @@ class QPaletteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Read the manifest of the checkpoint. Raises `CheckpointError` if it cannot be served."""
         from qpc.checkpoint import read_manifest
 
-        self.linears = stored_linears(read_manifest(directory_of(model_name, revision)))
+        manifest = read_manifest(directory_of(model_name, revision))
+        self.linears, self.tables = linears_of(manifest), tables_of(manifest)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that vLLM gives to modules."""
         self.linears = hf_to_vllm_mapper.apply_dict(self.linears)
+        self.tables = hf_to_vllm_mapper.apply_dict(self.tables)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How to hold and apply the weight of a layer; None for what is no linear.
+        """How to hold and apply the weight of a layer; None for what is neither a linear nor a packed table.
 
         Raises `CheckpointError` if the members of a fused layer cannot be one weight.
         """
-        if isinstance(layer, VocabParallelEmbedding) and prefix in self.linears:
-            raise CheckpointError(f"{prefix} is packed, which is not supported under vLLM; compile without --embeddings")
+        if isinstance(layer, VocabParallelEmbedding):
+            table = self.linears.get(prefix) or table_of(prefix, layer.org_vocab_size, self.tables)
+            return PackedTableMethod(table) if table else None
         if not isinstance(layer, LinearBase):
             return None
         found = members(prefix, self.linears, self.packed_modules_mapping)

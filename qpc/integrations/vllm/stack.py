@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from qpc.errors import CheckpointError, QuantizerError
-from qpc.integrations.vllm.stored import StoredLinear
+from qpc.integrations.vllm.stored import StoredWeight
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.rotation import Rotation
 from qpc.quant.shard import Shard
@@ -46,7 +46,7 @@ class Stack:
     pieces: tuple[Piece, ...]
 
     @staticmethod
-    def of(layer: str, members: Sequence[StoredLinear], outputs: Sequence[tuple[int, int]], inputs: int, rank: Rank) -> "Stack":
+    def of(layer: str, members: Sequence[StoredWeight], outputs: Sequence[tuple[int, int]], inputs: int, rank: Rank) -> "Stack":
         """The share of a rank.
 
         members: stored linears that agree (`stored.members`). outputs: of each part of the layer the rows in all and on one rank; each part
@@ -54,12 +54,12 @@ class Stack:
         Raises `CheckpointError` if the shapes do not fit, or a share does not consist of whole blocks.
         """
         wholes = [whole for whole, _ in outputs]
-        sizes = [linear.out_features for linear in members]
+        sizes = [stored.out_features for stored in members]
         fits = all(rank.can_part(*axis) for axis in (*outputs, (members[0].in_features, inputs)))
         if sizes not in (wholes, [sum(wholes)]) or not fits:
-            stored = ", ".join(f"{linear.name} {linear.out_features}x{linear.in_features}" for linear in members)
+            there = ", ".join(f"{stored.name} {stored.out_features}x{stored.in_features}" for stored in members)
             needed = f"{'+'.join(str(size) for _, size in outputs)}x{inputs}"
-            raise CheckpointError(f"each of {rank.size} ranks needs {needed} of {layer}, the checkpoint has {stored}; it does not fit")
+            raise CheckpointError(f"each of {rank.size} ranks needs {needed} of {layer}, the checkpoint has {there}; it does not fit")
         shares = [rank.part(*output) for output in outputs]
         if sizes == wholes:
             owners = list(range(len(members)))
@@ -72,6 +72,13 @@ class Stack:
             place = pieces[-1].place + pieces[-1].shard.row_blocks if pieces else 0
             pieces.append(Piece(owner, place, _shard(layer, members[owner], rows, columns)))
         return Stack(tuple(pieces))
+
+    @staticmethod
+    def of_table(table: StoredWeight, rows: int, rank: Rank) -> "Stack":
+        """The share of a rank of a table: so many rows, or those that are left. Raises `CheckpointError` as `of` does."""
+        start = rank.index * rows
+        held = range(start, min(start + rows, table.out_features))
+        return Stack((Piece(0, 0, _shard(table.name, table, held, range(table.in_features))),))
 
     @property
     def shard(self) -> Shard:
@@ -121,18 +128,18 @@ def _joined(owners: Sequence[int], shares: Sequence[range]) -> list[tuple[int, r
     return joined
 
 
-def _shard(layer: str, linear: StoredLinear, rows: range, columns: range) -> Shard:
-    """The rows and columns of a stored linear. Raises `CheckpointError` that says how to split it."""
+def _shard(layer: str, stored: StoredWeight, rows: range, columns: range) -> Shard:
+    """The rows and columns of a stored stored. Raises `CheckpointError` that says how to split it."""
     try:
-        return Shard(linear.out_features, linear.in_features, linear.quantizer, linear.block, rows, columns)
+        return Shard(stored.out_features, stored.in_features, stored.quantizer, stored.block, rows, columns)
     except QuantizerError as error:
-        narrow = len(columns) < linear.in_features
-        advice = f"split its rows into {_parts(linear.out_features, BLOCK_ROWS)} parts"
+        narrow = len(columns) < stored.in_features
+        advice = f"split its rows into {_parts(stored.out_features, BLOCK_ROWS)} parts"
         if narrow and len(columns) % BLOCK_COLUMNS:
-            advice = f"split its columns into {_parts(linear.in_features, BLOCK_COLUMNS)} parts"
-        elif narrow and linear.block and len(columns) % linear.block:
+            advice = f"split its columns into {_parts(stored.in_features, BLOCK_COLUMNS)} parts"
+        elif narrow and stored.block and len(columns) % stored.block:
             advice = f"compile again with --rotation-block {len(columns)}, or take one rank"
-        raise CheckpointError(f"{layer} cannot be split like this: {linear.leaf}: {error}; {advice}") from error
+        raise CheckpointError(f"{layer} cannot be split like this: {stored.leaf}: {error}; {advice}") from error
 
 
 def _parts(size: int, step: int) -> str:

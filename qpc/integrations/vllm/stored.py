@@ -1,4 +1,4 @@
-"""The linears of a checkpoint as its manifest describes them, and which of them vLLM may run as one."""
+"""The packed weights of a checkpoint as its manifest describes them, and which of them vLLM may run as one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ APART = "they do not read one value in the model that was compiled; compile agai
 
 
 @dataclass(frozen=True)
-class StoredLinear:
-    """A quantized linear [out_features, in_features]. block: of its rotation; 0 if its inputs come as they were quantized for."""
+class StoredWeight:
+    """A packed weight [out_features, in_features]. block: of its rotation; 0 if its inputs come as it was quantized for."""
 
     name: str
     out_features: int
@@ -23,14 +23,14 @@ class StoredLinear:
     block: int
 
     @staticmethod
-    def of(name: str, entry: Any) -> "StoredLinear":
-        """From the manifest. Raises `CheckpointError` or `QuantizerError` if it is damaged."""
+    def of(name: str, entry: Any, rows: str = "out_features", columns: str = "in_features") -> "StoredWeight":
+        """From its entry in the manifest. Raises `CheckpointError` or `QuantizerError` if that is damaged."""
         known = entry if isinstance(entry, dict) else {}
-        counts = [count for key in ("out_features", "in_features", "block") if type(count := known.get(key)) is int and count >= 0]
+        counts = [count for key in (rows, columns, "block") if type(count := known.get(key)) is int and count >= 0]
         if len(counts) < 3:
-            raise CheckpointError(f"the entry of {name} has no valid out_features, in_features and block; the checkpoint is damaged")
-        rows, columns, block = counts
-        return StoredLinear(name, rows, columns, palette.from_json(known.get("quantizer")), block)
+            raise CheckpointError(f"the entry of {name} has no valid {rows}, {columns} and block; the checkpoint is damaged")
+        out_features, in_features, block = counts
+        return StoredWeight(name, out_features, in_features, palette.from_json(known.get("quantizer")), block)
 
     @property
     def leaf(self) -> str:
@@ -38,18 +38,34 @@ class StoredLinear:
         return self.name.rpartition(".")[2]
 
 
-def stored_linears(manifest: Mapping[str, Any]) -> dict[str, StoredLinear]:
-    """The quantized linears by name. Raises `CheckpointError` for a checkpoint that holds something which vLLM has no place for."""
-    if manifest["embeddings"]:
-        name = next(iter(manifest["embeddings"]))
-        raise CheckpointError(f"{name} is packed, which is not supported under vLLM; compile without --embeddings")
+def linears_of(manifest: Mapping[str, Any]) -> dict[str, StoredWeight]:
+    """The packed linears of a checkpoint by name. Raises `CheckpointError` if it holds something that vLLM has no place for."""
     if manifest["gains"]:
         name = next(iter(manifest["gains"]))
         raise CheckpointError(f"{name} has a gain between two rotations, which is not supported under vLLM; compile without --fold")
-    return {name: StoredLinear.of(name, entry) for name, entry in manifest["linears"].items()}
+    return {name: StoredWeight.of(name, entry) for name, entry in manifest["linears"].items()}
 
 
-def members(layer: str, linears: Mapping[str, StoredLinear], fused: Mapping[str, Sequence[str]]) -> tuple[StoredLinear, ...]:
+def tables_of(manifest: Mapping[str, Any]) -> dict[str, StoredWeight]:
+    """Its packed embeddings by name."""
+    return {name: StoredWeight.of(name, entry, "num_embeddings", "embedding_dim") for name, entry in manifest["embeddings"].items()}
+
+
+def table_of(layer: str, rows: int, tables: Mapping[str, StoredWeight]) -> StoredWeight | None:
+    """The table of an embedding with so many rows; None if it is not packed.
+
+    layer: its full name, or "": models of vLLM do not name all embeddings. Raises `CheckpointError` if several could be meant.
+    """
+    if layer:
+        return tables.get(layer)
+    found = [table for table in tables.values() if table.out_features == rows]
+    if len(found) > 1:
+        names = ", ".join(table.name for table in found)
+        raise CheckpointError(f"vLLM does not say which of {names} an embedding of {rows} rows is; compile without --embeddings")
+    return found[0] if found else None
+
+
+def members(layer: str, linears: Mapping[str, StoredWeight], fused: Mapping[str, Sequence[str]]) -> tuple[StoredWeight, ...]:
     """The stored linears that a layer of vLLM is made of, in its order; none if it is not quantized.
 
     layer: its full name. fused: the names of the members of a fused layer by its own name, without the path, as models of vLLM give them.
@@ -65,7 +81,7 @@ def members(layer: str, linears: Mapping[str, StoredLinear], fused: Mapping[str,
     return tuple(found)
 
 
-def check_alike(layer: str, names: Sequence[str], found: Sequence[StoredLinear]) -> None:
+def check_alike(layer: str, names: Sequence[str], found: Sequence[StoredWeight]) -> None:
     """Raise `CheckpointError` unless all of these names are there, with one quantizer and one rotation."""
     stored = {linear.name: linear for linear in found}
     quantizers = [str(stored[name].quantizer) if name in stored else "none" for name in names]

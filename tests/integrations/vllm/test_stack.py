@@ -4,46 +4,44 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from qpc.errors import CheckpointError
+from qpc.integrations.vllm.parameters import PackedParameters
 from qpc.integrations.vllm.stack import Rank, Stack
-from qpc.integrations.vllm.stored import StoredLinear
+from qpc.integrations.vllm.stored import StoredWeight
 from qpc.kernels.linear import QuantizedLinear
 from qpc.quant.quantizer import PackedWeight
-from qpc.quant.rotation import Rotation
 from qpc.quant.trellis import TrellisQuantizer
+from tests.quant.coded import coded
 
 QUANTIZER = TrellisQuantizer(4, 13)
 
 
-def linear(name: str, rows: int, columns: int = 128, block: int = 64) -> StoredLinear:
-    return StoredLinear(f"model.{name}", rows, columns, QUANTIZER, block)
+def linear(name: str, rows: int, columns: int = 128, block: int = 64) -> StoredWeight:
+    return StoredWeight(f"model.{name}", rows, columns, QUANTIZER, block)
 
 
-def packed(stored: StoredLinear, seed: int) -> PackedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    made = stored.quantizer.quantize(torch.randn(stored.out_features, stored.in_features, generator=generator))
-    rotation = Rotation.random(stored.in_features, torch.Generator().manual_seed(0), stored.block) if stored.block else None
-    return PackedWeight(stored.out_features, stored.in_features, stored.quantizer, made.codes, made.scales, rotation)
+def packed(stored: StoredWeight, seed: int) -> PackedWeight:
+    return coded(stored.quantizer, stored.out_features, stored.in_features, stored.block, seed)
 
 
-def filled(stack: Stack, weights: list[PackedWeight]) -> dict[str, torch.Tensor]:
-    """The tensors of a rank, from those of the members."""
-    found = {leaf: torch.full(shape, 99, dtype=dtype) for leaf, (shape, dtype) in stack.tensors.items()}
-    for piece in stack.pieces:
-        stored = QuantizedLinear.from_packed(weights[piece.member])
-        for leaf, target in found.items():
-            target[stack.rows_of(leaf, piece)] = piece.shard.cut(leaf, getattr(stored, leaf))
-    return found
+class Layer(nn.Module):
+    """What a rank holds of some members, filled from them tensor by tensor."""
 
+    def __init__(self, members: list[StoredWeight], stack: Stack, weights: list[PackedWeight]) -> None:
+        super().__init__()
+        self.held = PackedParameters("model.layer", members, stack)
+        self.held.register(self)
+        for index, weight in enumerate(weights):
+            for leaf, tensor in QuantizedLinear.from_packed(weight).named_buffers():
+                getattr(self, leaf).weight_loader(getattr(self, leaf), tensor, index if len(members) > 1 else None)
+        self.held.check_complete()
 
-def multiply(stack: Stack, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What the layer of a rank makes of its columns of x."""
-    rows = stack.kept[-1].stop
-    whole = QuantizedLinear(rows, len(stack.shard.columns), stack.shard.local_quantizer, stack.shard.block)
-    whole.load_state_dict({leaf: tensor for leaf, tensor in tensors.items() if tensor.numel() or leaf == "signs"}, assign=True)
-    y = whole(x[:, stack.shard.columns.start : stack.shard.columns.stop])
-    return torch.cat([y[:, kept] for kept in stack.kept], dim=-1)
+    def forward(self, x: Tensor) -> Tensor:
+        kept, columns = self.held.stack.kept, self.held.stack.shard.columns
+        y = self.held.multiply(self, x[:, columns.start : columns.stop], None, kept[-1].stop)
+        return torch.cat([y[:, rows] for rows in kept], dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def multiply(stack: Stack, tensors: dict[str, torch.Tensor], x: torch.Tensor) ->
     ],
     ids=["key and value on both ranks", "replicated", "padding between members", "fused in the checkpoint", "whole and unaligned"],
 )
-def test_rows_of_two_ranks(members: list[StoredLinear], wholes: list[int], sizes: list[int]) -> None:
+def test_rows_of_two_ranks(members: list[StoredWeight], wholes: list[int], sizes: list[int]) -> None:
     weights = [packed(member, seed) for seed, member in enumerate(members)]
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(9))
     full = torch.cat([QuantizedLinear.from_packed(weight)(x) for weight in weights], dim=-1).split(wholes, dim=-1)
@@ -66,7 +64,7 @@ def test_rows_of_two_ranks(members: list[StoredLinear], wholes: list[int], sizes
         expected = [
             part[:, index * size :][:, :size] if size < whole else part for part, whole, size in zip(full, wholes, sizes, strict=True)
         ]
-        torch.testing.assert_close(multiply(stack, filled(stack, weights), x), torch.cat(expected, dim=-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(Layer(members, stack, weights)(x), torch.cat(expected, dim=-1), rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_share_key_value_heads_in_order() -> None:
@@ -80,7 +78,7 @@ def test_columns_of_ranks_add_up() -> None:
     weight = packed(member, 0)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(9))
     shares = [Stack.of("model.down", [member], [(96, 96)], 64, Rank(index, 2)) for index in range(2)]
-    found = sum(multiply(stack, filled(stack, [weight]), x) for stack in shares)
+    found = sum(Layer([member], stack, [weight])(x) for stack in shares)
     torch.testing.assert_close(found, QuantizedLinear.from_packed(weight)(x), rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +88,7 @@ def test_every_stored_code_lies_on_some_rank() -> None:
     assert held == set(product(range(2), range(256)))
 
 
-def share(members: list[StoredLinear], index: int) -> Stack:
+def share(members: list[StoredWeight], index: int) -> Stack:
     return Stack.of("model.gate_up", members, [(256, 64), (256, 64)], 128, Rank(index, 4))
 
 
@@ -112,6 +110,6 @@ def share(members: list[StoredLinear], index: int) -> Stack:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_split_is_refused(member: StoredLinear, outputs: list[tuple[int, int]], inputs: int, message: str) -> None:
+def test_what_cannot_be_split_is_refused(member: StoredWeight, outputs: list[tuple[int, int]], inputs: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Stack.of("model.layer", [member], outputs, inputs, Rank(0, 2))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qpc.errors import CheckpointError, QuantizerError
-from qpc.integrations.vllm.stored import members, stored_linears
+from qpc.integrations.vllm.stored import StoredWeight, linears_of, members, table_of, tables_of
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 LAYER = "model.layers.0.self_attn.qkv_proj"
@@ -22,14 +22,14 @@ def manifest(**changes: Any) -> dict[str, Any]:
 
 
 def test_members_come_in_the_order_of_the_layer() -> None:
-    linears = stored_linears(manifest())
+    linears = linears_of(manifest())
     assert [linear.leaf for linear in members(LAYER, linears, FUSED)] == ["q_proj", "k_proj", "v_proj"]
     assert [linear.leaf for linear in members("model.layers.0.self_attn.k_proj", linears, FUSED)] == ["k_proj"]
     assert members("model.layers.1.self_attn.qkv_proj", linears, FUSED) == () == members("lm_head", linears, FUSED)
 
 
 def test_a_layer_that_is_fused_in_the_checkpoint_is_its_only_member() -> None:
-    linears = {LAYER: stored_linears(manifest())["model.layers.0.self_attn.q_proj"]}
+    linears = {LAYER: linears_of(manifest())["model.layers.0.self_attn.q_proj"]}
     assert members(LAYER, linears, FUSED) == (linears[LAYER],)
 
 
@@ -46,19 +46,26 @@ def test_a_layer_that_is_fused_in_the_checkpoint_is_its_only_member() -> None:
 )
 def test_members_that_disagree_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        members(LAYER, stored_linears(manifest(**changes)), FUSED)
+        members(LAYER, linears_of(manifest(**changes)), FUSED)
 
 
-def test_what_has_no_place_in_vllm_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"embed_tokens is packed, .*without --embeddings"):
-        stored_linears(manifest() | {"embeddings": {"model.embed_tokens": {}}})
+def test_gains_between_rotations_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"norm has a gain between two rotations, .*without --fold"):
-        stored_linears(manifest() | {"gains": {"model.norm": {}}})
+        linears_of(manifest() | {"gains": {"model.norm": {}}})
+
+
+def test_a_table_is_found_by_name_or_by_its_rows() -> None:
+    entry = {"num_embeddings": 96, "embedding_dim": 64, "block": 64, "quantizer": {"kind": "scalar", "bits": 4}}
+    tables = tables_of({"embeddings": {"wte": entry, "wpe": entry | {"num_embeddings": 32}}})
+    assert table_of("wpe", 96, tables) is tables["wpe"] and table_of("", 96, tables) is tables["wte"]
+    assert table_of("lm_head", 96, tables) is None and table_of("", 95, tables) is None
+    with pytest.raises(CheckpointError, match=r"vLLM does not say which of wte, other an embedding of 96 rows is; .*without --embeddings"):
+        table_of("", 96, tables | {"other": StoredWeight.of("other", entry, "num_embeddings", "embedding_dim")})
 
 
 @pytest.mark.parametrize("entry", [{"block": -1}, {"out_features": "64"}, {"in_features": True}])
 def test_a_damaged_entry_is_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="k_proj has no valid out_features, in_features and block"):
-        stored_linears(manifest(k_proj=entry))
+        linears_of(manifest(k_proj=entry))
     with pytest.raises(QuantizerError):
-        stored_linears(manifest(k_proj={"quantizer": None}))
+        linears_of(manifest(k_proj={"quantizer": None}))
