@@ -129,7 +129,7 @@ def _joined(owners: Sequence[int], shares: Sequence[range]) -> list[tuple[int, r
 
 
 def _shard(layer: str, stored: StoredWeight, rows: range, columns: range) -> Shard:
-    """The rows and columns of a stored stored. Raises `CheckpointError` that says how to split it."""
+    """Rows and columns of a stored weight. Raises `CheckpointError` that says how to split it."""
     try:
         return Shard(stored.out_features, stored.in_features, stored.quantizer, stored.block, rows, columns)
     except QuantizerError as error:
@@ -138,7 +138,8 @@ def _shard(layer: str, stored: StoredWeight, rows: range, columns: range) -> Sha
         if narrow and len(columns) % BLOCK_COLUMNS:
             advice = f"split its columns into {_parts(stored.in_features, BLOCK_COLUMNS)} parts"
         elif narrow and stored.block and len(columns) % stored.block:
-            advice = f"compile again with --rotation-block {len(columns)}, or take one rank"
+            power = len(columns) & -len(columns)  # what suits a narrower layer suits a wider one, if both are powers of two
+            advice = f"compile again with --rotation-block {power}, or take one rank"
         raise CheckpointError(f"{layer} cannot be split like this: {stored.leaf}: {error}; {advice}") from error
 
 

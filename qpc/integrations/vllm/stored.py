@@ -84,10 +84,10 @@ def members(layer: str, linears: Mapping[str, StoredWeight], fused: Mapping[str,
 def check_alike(layer: str, names: Sequence[str], found: Sequence[StoredWeight]) -> None:
     """Raise `CheckpointError` unless all of these names are there, with one quantizer and one rotation."""
     stored = {linear.name: linear for linear in found}
-    quantizers = [str(stored[name].quantizer) if name in stored else "none" for name in names]
+    quantizers = [stored[name].quantizer if name in stored else None for name in names]
     rotations = [f"{linear.in_features} inputs in blocks of {linear.block}" for linear in found]
     if len(set(quantizers)) > 1:
-        told = ", ".join(f"{name.rpartition('.')[2]} {text}" for name, text in zip(names, quantizers, strict=True))
+        told = ", ".join(f"{name.rpartition('.')[2]} {quantizer or 'none'}" for name, quantizer in zip(names, quantizers, strict=True))
         raise CheckpointError(
             f"vLLM runs {layer} as one weight, but its members have different quantizers: {told}; "
             "compile again with --same-in-group (in Python same_quantizer_in_group=True), and exclude all of them or none"

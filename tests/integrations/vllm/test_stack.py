@@ -103,6 +103,7 @@ def share(members: list[StoredWeight], index: int) -> Stack:
             64,
             r"columns 0 to 64 of 128 .*block of the rotation.*--rotation-block 64",
         ),
+        (linear("down", 64, 1536, 1536), [(64, 64)], 768, "columns 0 to 768 .*--rotation-block 256"),
         (linear("o", 64, 144, 8), [(64, 64)], 72, r"columns 0 to 72 of 144 .*split its columns into 1, 3 or 9 parts"),
         (linear("o", 64, 128), [(64, 64)], 48, r"each of 2 ranks needs 64x48 of model\.layer, the checkpoint has model\.o 64x128"),
         (linear("o", 64, 128), [(128, 64)], 128, "needs 64x128"),
