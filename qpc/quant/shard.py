@@ -37,18 +37,6 @@ class Shard:
         if self.block:
             _check("columns", self.columns, self.in_features, self.block, "a block of the rotation")
 
-    @staticmethod
-    def of(packed: PackedWeight, rows: range, columns: range) -> PackedWeight:
-        """A range of a weight, as a weight of its own; shares its tensors."""
-        block = packed.rotation.block if packed.rotation is not None else 0
-        shard = Shard(packed.out_features, packed.in_features, packed.quantizer, block, rows, columns)
-        codes = [shard.cut(f"codes{index}", part) for index, part in enumerate(packed.codes)]
-        rotation = None
-        if packed.rotation is not None:
-            rotation = Rotation(len(columns), block, shard.cut("signs", packed.rotation.signs))
-        kept = tuple(part for part in codes if part.shape[1])
-        return PackedWeight(len(rows), len(columns), shard.local_quantizer, kept, shard.cut("scales", packed.scales), rotation)
-
     @property
     def row_blocks(self) -> int:
         """Blocks that cover the rows."""
@@ -82,6 +70,18 @@ class Shard:
             return tensor[self.columns.start // 8 : Rotation.bytes_for(self.columns.stop)] if self.block else tensor
         _, columns = self.parts[int(leaf.removeprefix("codes"))]
         return tensor[blocks, columns]
+
+
+def shard_of(packed: PackedWeight, rows: range, columns: range) -> PackedWeight:
+    """A range of a weight as a weight of its own; shares its tensors. Raises `QuantizerError` as `Shard` does."""
+    block = packed.rotation.block if packed.rotation is not None else 0
+    shard = Shard(packed.out_features, packed.in_features, packed.quantizer, block, rows, columns)
+    codes = [shard.cut(f"codes{index}", part) for index, part in enumerate(packed.codes)]
+    rotation = None
+    if packed.rotation is not None:
+        rotation = Rotation(len(columns), block, shard.cut("signs", packed.rotation.signs))
+    held = tuple(part for part in codes if part.shape[1])
+    return PackedWeight(len(rows), len(columns), shard.local_quantizer, held, shard.cut("scales", packed.scales), rotation)
 
 
 def _check(axis: str, found: range, size: int, step: int, what: str) -> None:

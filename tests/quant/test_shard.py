@@ -12,7 +12,7 @@ from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.scalar import ScalarQuantizer
-from qpc.quant.shard import Shard
+from qpc.quant.shard import shard_of
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.quant.vector import VectorQuantizer
 from tests.quant.coded import coded
@@ -36,7 +36,7 @@ def test_a_range_decodes_to_the_range(quantizer: Quantizer, height: int, width: 
         stop = min(size, start + step * data.draw(st.integers(1, 4)))
         axes.append(range(start, stop))
     rows, columns = axes
-    part = Shard.of(whole, rows, columns)
+    part = shard_of(whole, rows, columns)
     assert torch.equal(part.rotated(), whole.rotated()[rows.start : rows.stop, columns.start : columns.stop])
     assert [codes.shape[1] for codes in part.codes] == [count for _, count in part.quantizer.parts(len(columns))]
 
@@ -48,13 +48,13 @@ def test_products_of_ranges_add_up(quantizer: Quantizer) -> None:
     expected = x @ whole.restored().double().T
     columns = [range(start, start + 64) for start in (0, 64, 128)]
     for rows in (range(0, 64), range(64, 128)):
-        parts = [x[:, each.start : each.stop] @ Shard.of(whole, rows, each).restored().double().T for each in columns]
+        parts = [x[:, each.start : each.stop] @ shard_of(whole, rows, each).restored().double().T for each in columns]
         torch.testing.assert_close(sum(parts), expected[:, rows.start : rows.stop], rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_copied() -> None:
     whole = coded(QUANTIZERS[3], 128, 128, block=16)
-    part = Shard.of(whole, range(64, 128), range(16, 64))
+    part = shard_of(whole, range(64, 128), range(16, 64))
     stored = {tensor.untyped_storage().data_ptr() for tensor in (*whole.codes, whole.scales, whole.rotation.signs)}
     assert {tensor.untyped_storage().data_ptr() for tensor in (*part.codes, part.scales, part.rotation.signs)} == stored
 
@@ -74,4 +74,4 @@ def test_nothing_is_copied() -> None:
 )
 def test_a_range_between_blocks_is_refused(rows: range, columns: range, message: str) -> None:
     with pytest.raises(QuantizerError, match=message):
-        Shard.of(coded(QUANTIZERS[0], 96, 64, block=32), rows, columns)
+        shard_of(coded(QUANTIZERS[0], 96, 64, block=32), rows, columns)
