@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qpc.errors import CheckpointError
-from qpc.integrations.transformers import METHOD
+from qpc.integrations.transformers import METHOD, fetched_home
 from qpc.integrations.vllm.embedding import PackedTableMethod
 from qpc.integrations.vllm.linear import PackedLinearMethod
 from qpc.integrations.vllm.stored import StoredWeight, linears_of, members, table_of, tables_of
@@ -38,7 +38,7 @@ class QPaletteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Read the manifest of the checkpoint. Raises `CheckpointError` if it cannot be served."""
         from qpc.checkpoint import read_manifest
 
-        manifest = read_manifest(directory_of(model_name, revision))
+        manifest = read_manifest(model_name if Path(model_name).is_dir() else fetched_home(model_name, revision))
         self.linears, self.tables = linears_of(manifest), tables_of(manifest)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -77,19 +77,3 @@ class QPaletteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     def get_config_filenames() -> list[str]:
         """None: config.json names the method, and what else it needs is read in `maybe_update_config`."""
         return []
-
-
-def directory_of(model: str, revision: str | None) -> Path:
-    """The directory of a checkpoint: a local one, or where its manifest is fetched to. Raises `CheckpointError` if there is no manifest."""
-    from transformers.utils.hub import cached_file
-
-    from qpc.checkpoint import MANIFEST
-
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        found = cached_file(model, MANIFEST, revision=revision)
-    except OSError as error:
-        raise CheckpointError(f"{model} has no {MANIFEST}: {error}") from error
-    assert found is not None, "a missing file raises"
-    return Path(found).parent
