@@ -23,6 +23,9 @@ GpuName = Annotated[
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a step, where --latency names none.", show_default="1")]
 EffortName = Annotated[str, typer.Option(help="fast, default, high or max: better codes for more time.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Shell pattern of linears that stay as they are; may be repeated.")]
+SameInGroup = Annotated[
+    bool, typer.Option("--same-in-group", help="Linears of one input get the same quantizer, as vLLM runs them.", show_default=False)
+]
 RotationBlock = Annotated[
     int | None, typer.Option(min=1, help="Most inputs that a rotation mixes: the width of a tensor-parallel shard.", show_default=False)
 ]
