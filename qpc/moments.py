@@ -43,8 +43,9 @@ class MomentStream:
         """A stream at the beginning of the graph.
 
         program: CANONICAL or later, not lowered, with one input. batches, held_out: values of that input. importance,
-        held_out_importance: how much each position counts in the moments; alike if it is not given. sequential: whether `replace`
-        has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32 or float64.
+        held_out_importance: how much each position counts in the moments; alike for linears for which it is not given. sequential:
+        whether `replace` has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32
+        or float64.
         """
         self._program = program
         self._device = program.device
@@ -85,10 +86,11 @@ class MomentStream:
             for number, node in enumerate(nodes):
                 value = (walk if number == 0 else walk.fork()).input_of(node, self._weights)
                 flat = value.reshape(-1, value.shape[-1])
-                counts = torch.ones(len(flat)) if importance is None else importance[batch][node.name]
+                weights = None if importance is None else importance[batch].get(node.name)
+                counts = torch.ones(len(flat)) if weights is None else weights
                 for rows, share in zip(torch.split(flat, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True):
                     wide = rows.to(self._dtype)
-                    weighted = wide if importance is None else wide * share.to(wide)[:, None]
+                    weighted = wide if weights is None else wide * share.to(wide)[:, None]
                     total = weighted.t() @ wide if total is None else total.addmm_(weighted.t(), wide)
                     count += len(rows)
                 weight += float(counts.sum(dtype=torch.float64))

@@ -46,8 +46,10 @@ class QuantizedLinear(PackedModule):
     While a graph is traced, a symbolic number of rows is left as it is; `qpc::trellis_linear` packs its operand by itself if they are few
     when it runs.
 
-    group: the linears that its rows are stacked with, if there are any (`join`).
+    group: the linears that its rows are stacked with, if there are any (`join`). weight: none; models ask for the dtype of one if there is.
     """
+
+    weight = None
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
         """An empty one, on the meta device."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
-from qpc.ir.annotation import LinearSite, annotate, annotation, site_of
+from qpc.ir.annotation import annotate, annotation, site_of
+from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.kernels.encoder import encoder_for
@@ -130,7 +131,7 @@ def _pack(program: Program, jobs: list[Job], student: Student | None = None) -> 
     quantizer = annotation(jobs[0].sites[0]).quantizer
     assert quantizer is not None
     sites = [site_of(job.sites[0]) for job in jobs]
-    weights = [weight_matrix(program, site) if student is None else student.matrix(site) for site in sites]
+    weights = [stored_matrix(program, site).float() if student is None else student.matrix(site) for site in sites]
     rotated = [weight if job.rotation is None else job.rotation.apply(weight) for job, weight in zip(jobs, weights, strict=True)]
     found = quantize_stacked(quantizer, rotated, encoder_for(weights[0].device), [job.feedback for job in jobs])
     made = []
@@ -147,12 +148,6 @@ def _pack(program: Program, jobs: list[Job], student: Student | None = None) -> 
             program.packed[site_of(node).name] = packed
             annotate(node, annotation(node).but(**facts))
     return made
-
-
-def weight_matrix(program: Program, site: LinearSite) -> Tensor:
-    """The live weight of a site as float32 [out_features, in_features]."""
-    weight = program.tensor(site.weight).detach()
-    return (weight.t() if site.transposed else weight).float()
 
 
 def excess_kurtosis(weight: Tensor) -> float:
