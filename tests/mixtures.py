@@ -18,29 +18,24 @@ EXPERTS = 4
 MIXTURES: dict[str, Callable[[], nn.Module]] = {
     "mixtral": partial(decoder, "Mixtral", num_local_experts=EXPERTS, intermediate_size=64, num_hidden_layers=1),
     "qwen3_moe": partial(decoder, "Qwen3Moe", num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=64, num_hidden_layers=1),
-    "gpt_oss": partial(decoder, "GptOss", num_local_experts=EXPERTS, num_experts_per_tok=2, intermediate_size=64, sliding_window=64),
+    "gpt_oss": partial(decoder, "GptOss", num_local_experts=EXPERTS, num_experts_per_tok=2, intermediate_size=64, num_hidden_layers=1),
 }
-BITS = {"mixtral": 3, "qwen3_moe": 9, "gpt_oss": 9}
-"""Bits per weight: with so many every quantizer is a scalar one, which takes less time than a trellis."""
-
-
-def options(name: str) -> dict[str, Any]:
-    """Of both doors."""
-    return {"budget": BITS[name], "effort": "fast", "calibration": None, "sensitivity": "random", "same_quantizer_in_group": True}
+OPTIONS: dict[str, Any] = {"budget": 1.75, "effort": "fast", "calibration": None, "sensitivity": "random", "same_quantizer_in_group": True}
+"""Of both doors. With few bits the windows of trellises are short, and their tables soon made."""
 
 
 @cache
 def compiled_mixture(name: str) -> tuple[nn.Module, nn.Module]:
     """A model and what `qpc.compile` makes of it. Nobody may change either."""
     model = MIXTURES[name]()
-    return model, qpc.compile(model, **options(name))
+    return model, qpc.compile(model, **OPTIONS)
 
 
 @cache
 def fast_mixture(name: str) -> tuple[nn.Module, nn.Module]:
     """A model of its own and what `torch.compile` makes of it, to be packed when it first runs."""
     model = MIXTURES[name]()
-    return model, torch.compile(model, backend="qpalette", fullgraph=True, options={**options(name), "inner": "eager"})
+    return model, torch.compile(model, backend="qpalette", fullgraph=True, options={**OPTIONS, "inner": "eager"})
 
 
 def greedy(model: Callable[..., Any], config: Any, tokens: Tensor, steps: int, after: Callable[[], None] = lambda: None) -> Tensor:

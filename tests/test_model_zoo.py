@@ -13,7 +13,7 @@ from qpc.kernels.linear import QuantizedLinear
 from tests.compiled import dequantized
 from tests.families import VOCABULARY, tokens
 
-OPTIONS: dict[str, Any] = {"budget": 9, "effort": "fast", "calibration": None, "sensitivity": "random"}
+OPTIONS: dict[str, Any] = {"budget": 1.75, "effort": "fast", "calibration": None, "sensitivity": "random"}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 PICTURE = {"image_size": 32, "patch_size": 8}
 IMAGE = VOCABULARY - 1

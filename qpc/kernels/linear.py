@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from qpc.kernels import expert_ops as _experts  # noqa: F401 - importing it registers torch.ops.qpc
 from qpc.kernels import fused
-from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels import operand_ops as _operands  # noqa: F401
 from qpc.kernels.launch import MAX_BATCH
 from qpc.kernels.ops import trellis_parts
 from qpc.kernels.packed_module import PackedModule

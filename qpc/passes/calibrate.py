@@ -12,13 +12,16 @@ from qpc.passes.base import Pass, PassResult
 from qpc.passes.feedbacks import Feedbacks, Job, Known
 from qpc.progress import Progress, silent, track
 
+POOLED = "all its experts share one second moment, of all rows that any of them reads, and all rows count alike"
+
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
     """Takes the second moment of what each linear reads, in the original model, and factors it as the rounding will.
 
     The share of white rounding errors that is left depends on the moment alone, not on the quantizer. It is judged by held-out samples
-    where there are any, for on its own samples feedback looks better than it is.
+    where there are any, for on its own samples feedback looks better than it is. A stack of experts has one moment: among feedback that all
+    of them share, its is the best for what they lose together.
 
     samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
     already what is expected of all weights, nothing is measured.
@@ -45,7 +48,8 @@ class Calibrate(Pass):
         for job in jobs:
             for node in job.sites:
                 annotate(node, annotation(node).but(share=self.known.expected[job.key].share))
-        return PassResult(tuple(site_of(node).name for node in nodes))
+        stacks = dict.fromkeys(site.name for node in nodes if (site := site_of(node)).experts is not None)
+        return PassResult(tuple(site_of(node).name for node in nodes), tuple(self.declined(name, POOLED) for name in stacks))
 
     def _made(self, feedbacks: Feedbacks) -> Iterator[Job]:
         """The weights with their feedback."""
