@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qpc.ir.annotation import annotation
+from qpc.ir.annotation import annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.walk import Walk
+from qpc.quant.experts import rows_of_experts
 from qpc.quant.moment import Moment
 
 ROWS_AT_ONCE = 8192
@@ -68,6 +69,39 @@ class MomentStream:
         assert fit is not None, "a stream has batches"
         self._forget(ordered[0])
         return replace(fit, held_out=held_out)
+
+    @torch.no_grad()
+    def moments_of_experts(self, nodes: Iterable[fx.Node]) -> list[Moment]:
+        """The second moments of the rows that each expert of a stack reads, all rows alike: `moment` of one expert after the other.
+
+        One that reads none has a moment of zero.
+        """
+        ordered = sorted(nodes, key=self._order.__getitem__)
+        fit, held_out = (self._summed_by_expert(walks, ordered) for walks in self._walks)
+        self._forget(ordered[0])
+        return [replace(moment, held_out=held_out[index] if held_out else None) for index, moment in enumerate(fit)]
+
+    def _summed_by_expert(self, walks: list[Walk], nodes: list[fx.Node]) -> list[Moment]:
+        """A moment of each expert; none if there are no batches."""
+        totals: list[Tensor] = []
+        counts: list[int] = []
+        parked = self._crowded(walks)
+        for walk in walks:
+            walk.move(self._device)
+            for number, node in enumerate(nodes):
+                here = walk if number == 0 else walk.fork()
+                x, expert = (here.input_of(node, self._weights, argument) for argument in (0, 2))
+                if not totals:
+                    experts = len(self._program.tensor(site_of(node).weight))
+                    totals = [torch.zeros(x.shape[1], x.shape[1], dtype=self._dtype, device=x.device) for _ in range(experts)]
+                    counts = [0] * len(totals)
+                for index, rows in rows_of_experts(expert, len(totals)):
+                    wide = x[rows].to(self._dtype)
+                    totals[index].addmm_(wide.t(), wide)
+                    counts[index] += len(rows)
+            if parked:
+                walk.move(torch.device("cpu"))
+        return [Moment(total / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
 
     def replace(self, weights: Mapping[fx.Node, Tensor]) -> None:
         """Let linears that the stream has not passed have these weights: [out_features, in_features], any dtype, on any device."""
