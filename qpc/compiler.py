@@ -241,7 +241,7 @@ def irreplaceable(model: nn.Module) -> dict[str, str]:
             found[name] = f"its class {type(module).__name__} is not a plain linear"
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and leaf != "weight" and not routes_experts(module):
-                found[f"{name}.{leaf}"] = f"its class {type(module).__name__} is none of the experts of transformers"
+                found[f"{name}.{leaf}" if name else leaf] = f"its class {type(module).__name__} is none of the experts of transformers"
     return found
 
 

@@ -17,6 +17,7 @@ from qpc.kernels.experts import QuantizedExperts, RoutedExperts
 from qpc.passes.canonicalize import ROUTER
 from tests.compiled import TOKENS, dequantized, logits
 from tests.mixtures import EXPERTS, MIXTURES, OPTIONS, STACKED, compiled_mixture, fast_mixture, greedy
+from tests.passes.test_expert_forms import FORMS, Routed, X
 
 pytestmark = STACKED
 NAMES = sorted(MIXTURES)
@@ -104,6 +105,12 @@ def test_a_stack_that_stays_runs_beside_one_that_is_packed() -> None:
     assert {name.rpartition(".")[2] for name in stacks(compiled)} == {"gate_up_proj"}
     expected = logits(restored(model, compiled))
     assert (logits(compiled) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_stacks_of_other_modules_stay_where_no_module_can_take_their_place() -> None:
+    compiled = qpc.compile(Routed(FORMS["left"][1]), example_inputs=(X,), **(OPTIONS | {"budget": 4}))
+    assert [row.name for row in qpc.report_of(compiled).rows] == ["start"]
+    assert any("stack: its class Routed is none of the experts of transformers" in text for text in qpc.report_of(compiled).remarks)
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -14,7 +14,7 @@ def unreached(program: Program) -> list[Remark]:
         if outside is not None and id(value) not in reached and value.ndim == 2 and value.is_floating_point():
             matrices[outside] = matrices.get(outside, 0) + 1
     given = ", ".join(program.inputs)
-    reason = "no part of the graph that was captured from {}: compile that module by itself, with example_inputs"
+    reason = "no part of the graph that was captured from {}; what is to be quantized of it, compile by itself with example_inputs"
     return [Remark("capture", f"{name} ({count} matrices)", reason.format(given)) for name, count in matrices.items()]
 
 

@@ -5,27 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpc.kernels import expert_ops as _operators  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels.linear import operator
 from qpc.kernels.packed_module import PackedModule
 from qpc.quant.experts import EXPERT_LINEAR
 from qpc.quant.quantizer import PackedWeight, Quantizer
-from qpc.quant.scalar import ScalarQuantizer
-from qpc.quant.trellis import TrellisQuantizer
-from qpc.quant.vector import VectorQuantizer
+
+_OF_STACKS = {
+    torch.ops.qpc.trellis_linear.default: torch.ops.qpc.trellis_expert_linear.default,
+    torch.ops.qpc.scalar_linear.default: torch.ops.qpc.scalar_expert_linear.default,
+    torch.ops.qpc.vector_linear.default: torch.ops.qpc.vector_expert_linear.default,
+}
 
 
 def expert_operator(quantizer: Quantizer, in_features: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
     """The operator that runs stacks of a quantizer's family, and its arguments that describe the code."""
-    parts = [part for part, _ in quantizer.parts(in_features)]
-    trellis = [part for part in parts if isinstance(part, TrellisQuantizer)]
-    if len(trellis) == len(parts):
-        return torch.ops.qpc.trellis_expert_linear.default, ([part.step_bits for part in trellis], [part.window_bits for part in trellis])
-    vector = [part for part in parts if isinstance(part, VectorQuantizer)]
-    if len(vector) == len(parts):
-        return torch.ops.qpc.vector_expert_linear.default, ([part.bits for part in vector], vector[0].dimension)
-    scalar = [part for part in parts if isinstance(part, ScalarQuantizer)]
-    assert len(scalar) == len(parts), f"the parts of {quantizer} are of several families"
-    return torch.ops.qpc.scalar_expert_linear.default, ([part.bits for part in scalar],)
+    target, code = operator(quantizer, in_features)
+    return _OF_STACKS[target], code
 
 
 class QuantizedExperts(PackedModule):

@@ -36,7 +36,7 @@ class Canonicalize(Pass):
     in the graph, and `LinearSite.transposed` says so.
 
     A stack of experts becomes one site, if each has whole blocks of rows. The linear that decides which experts run stays as it is: it has
-    few weights, and where an error of it picks another expert, nothing else matters.
+    few weights, and an error of it may pick another expert, which no loss that is linear in errors foresees.
     """
 
     name: ClassVar[str] = "canonicalize"
