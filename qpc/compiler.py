@@ -20,6 +20,7 @@ from qpc.ir.program import Program
 from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
+from qpc.kernels.experts import QuantizedExperts, place_experts, routes_experts
 from qpc.kernels.linear import QuantizedLinear, join
 from qpc.kernels.packed_module import PackedModule, share_signs, tie
 from qpc.latency import LatencyModel
@@ -243,12 +244,15 @@ def lowering(program: Program) -> tuple[Pass, ...]:
 
 
 def irreplaceable(model: nn.Module) -> dict[str, str]:
-    """Modules with a weight matrix that are more than `x W^T + b`, so that no other module can take their place."""
+    """Modules with a weight matrix that are more than `x W^T + b`, so that no other module can take their place; stacks of others, too."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not is_plain_linear(module):
             found[name] = f"its class {type(module).__name__} is not a plain linear"
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and leaf != "weight" and not routes_experts(module):
+                found[f"{name}.{leaf}" if name else leaf] = f"its class {type(module).__name__} is none of the experts of transformers"
     return found
 
 
@@ -270,7 +274,12 @@ def install(program: Program) -> nn.Module:
         kept[id(live)] = nn.Parameter(value, live.requires_grad)
     result = copy.deepcopy(model, kept)
     for name, packed in program.packed.items():
-        result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
+        site = program.decisions[name].site
+        assert site is not None
+        if site.experts is not None:
+            place_experts(result, name, QuantizedExperts.from_packed(packed, site.experts))
+        else:
+            result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
     for table in program.tables.values():
         readers: list[PackedModule] = []
         for lookup in table.lookups:

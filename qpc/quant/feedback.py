@@ -17,6 +17,7 @@ carried into the columns and into the rows to come (`qpc.quant.rounding`). (Feed
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +136,54 @@ def row_deviations(weight: Tensor) -> Tensor:
     """The root mean square of each row: float64 [out_features]."""
     lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
     return lengths / math.sqrt(weight.shape[1])
+
+
+@dataclass(frozen=True)
+class StackFeedback:
+    """The feedback of a stack of experts, whose rows lie below each other: one of each, counted by the inputs that it read.
+
+    parts: of each expert. counts: inputs that it read.
+    """
+
+    parts: tuple[Feedback, ...]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(moments: Sequence[Moment]) -> "StackFeedback":
+        """Factor the moment of each expert, as `Feedback.of` does. Raises as it does."""
+        return StackFeedback(tuple(Feedback.of(moment) for moment in moments), tuple(moment.count for moment in moments))
+
+    @property
+    def expected_share(self) -> float:
+        """That of all experts together, of rows of one size."""
+        weights = [count * float(part.judge.diagonal().sum()) for part, count in zip(self.parts, self.counts, strict=True)]
+        total = sum(weights)
+        return sum(w * part.expected_share for w, part in zip(weights, self.parts, strict=True)) / total if total > 0 else 1.0
+
+    @property
+    def share(self) -> float:
+        """The same: rows of experts are independent."""
+        return self.expected_share
+
+    @property
+    def damping(self) -> float:
+        """The mean of those of the experts."""
+        return sum(part.damping for part in self.parts) / len(self.parts)
+
+    def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
+        """As `Feedback.share_left`, of the error of all inputs of all experts."""
+        left = total = 0.0
+        pairs = zip(weight.chunk(len(self.parts)), made.chunk(len(self.parts)), strict=True)
+        for part, count, (before, after) in zip(self.parts, self.counts, pairs, strict=True):
+            expected = distortion * float(before.square().sum(dtype=torch.float64)) * float(part.judge.diagonal().mean(dtype=torch.float64))
+            left += count * expected * part.share_left(before, after, distortion)
+            total += count * expected
+        return left / total if total > 0 else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def _factor(moment: Tensor, damping: float, judge: Tensor, block: int) -> Feedback:

@@ -31,12 +31,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qpc.errors import ModelError
 from qpc.ir.annotation import site_of
+from qpc.ir.linear import LINEAR, stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.walk import Walk
 from qpc.progress import Progress, silent, track
 from qpc.sensitivity.output_loss import main_output, reference_of
 from qpc.sensitivity.output_moments import OutputMoments
-from qpc.sensitivity.sites import by_weight, stored_matrix
+from qpc.sensitivity.sites import by_weight
 from qpc.sensitivity.values import Loss, Method, Sensitivities
 
 POSITIONS_AT_ONCE = 1024
@@ -51,7 +52,8 @@ Importance = Sequence[Mapping[str, Tensor]]
 class Backward:
     """What one backward pass found.
 
-    energy: a_l times the number of positions, by name of the parameter. importance: float32 [positions] by name of the linear node.
+    energy: a_l times the number of positions, by name of the parameter. importance: float32 [positions] by name of the linear node; not of
+    stacks of experts.
     """
 
     energy: Mapping[str, float]
@@ -120,6 +122,9 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...], sink: Si
     lengths: dict[fx.Node, Tensor] = {}
 
     def watch(node: fx.Node, value: Tensor) -> None:
+        if node.target is not LINEAR:  # rows that are sorted by expert: which position is which depends on the batch
+            return
+
         def take(gradient: Tensor) -> None:
             importance[node.name] = (gradient.detach().float().square() @ lengths[node]).flatten()
             if sink is not None:

@@ -18,13 +18,14 @@ from torch import Tensor, fx
 
 from qpc.errors import ModelError
 from qpc.ir.annotation import LinearSite, site_of
+from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.random_inputs import random_inputs
 from qpc.ir.walk import Walk
 from qpc.journal import Journal, Step
 from qpc.progress import Progress, silent, track
 from qpc.sensitivity.output_loss import Reference, reference_of
-from qpc.sensitivity.sites import by_weight, stored_matrix
+from qpc.sensitivity.sites import by_weight
 from qpc.sensitivity.values import Method, Sensitivities
 
 MOST_WORKERS = 8

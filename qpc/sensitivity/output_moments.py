@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qpc.ir.annotation import site_of
+from qpc.ir.linear import LINEAR
 from qpc.ir.program import Program
 from qpc.quant.moment import Moment
 from qpc.sensitivity.sites import by_weight
@@ -34,7 +35,8 @@ class OutputMoments:
     @staticmethod
     def of(program: Program, most_bytes: int = MOST_BYTES) -> "OutputMoments":
         """Of the weights of a program, as many as memory allows: two float32 matrices for each, one of them on held-out samples."""
-        shapes = {site_of(nodes[0]).weight: site_of(nodes[0]).shape for nodes in by_weight(program)}
+        plain = [nodes[0] for nodes in by_weight(program) if nodes[0].target is LINEAR]  # a stack of experts is rounded row by row
+        shapes = {site_of(node).weight: site_of(node).shape for node in plain}
         rows, held = {}, 0
         for weight, shape in sorted(shapes.items(), key=lambda item: item[1].out_features):
             held += 2 * 4 * shape.out_features**2
