@@ -29,6 +29,7 @@ from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.gain import TurnedGain
 from qpc.kernels.linear import QuantizedLinear, join
 from qpc.kernels.packed_module import PackedModule, share_signs, tie, tied_groups
+from qpc.plain_files import read_json
 from qpc.quant import palette
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation
@@ -110,7 +111,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it is not a checkpoint of qpc; make one with `qpc compile`") from None
     except (OSError, ValueError) as error:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TextIO, TypeVar
 
+from qpc.plain_files import parse_json
+
 Step = tuple[object, ...]
 """What names a measurement: strings, numbers and None."""
 
@@ -74,7 +76,7 @@ class Journal(Generic[V]):
 
     def _read(self, line: str) -> None:
         try:
-            name, value = json.loads(line)
+            name, value = parse_json(line)
             numbers = value.values() if isinstance(value, dict) else (value,)
             if isinstance(name, str) and all(map(is_measurement, numbers)):
                 self._known[name] = value

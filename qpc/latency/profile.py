@@ -12,6 +12,7 @@ from qpc.errors import ProfileError
 from qpc.ir.annotation import LinearShape
 from qpc.latency.lattice import Lattice, Point
 from qpc.latency.model import Latency, LatencyModel
+from qpc.plain_files import read_json
 from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import Quantizer
 
@@ -182,6 +183,6 @@ def _head(name: str, content: Any) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path} cannot be read as a latency profile: {error}") from error

@@ -13,6 +13,7 @@ from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.values import representatives
 from qpc.moments import MomentStream
+from qpc.plain_files import parse_json
 from qpc.quant.feedback import Feedback, StackFeedback
 from qpc.quant.hadamard import block_within
 from qpc.quant.moment import filled_up
@@ -73,7 +74,7 @@ class Known:
     @staticmethod
     def from_json(text: str) -> "Known":
         """Inverse of `to_json`. Raises `ValueError` or `TypeError` if the text is not that."""
-        rows = json.loads(text)
+        rows = parse_json(text)
         return Known({(str(weight), str(owner)): Expected(float(share), float(damping)) for weight, owner, share, damping in rows})
 
 

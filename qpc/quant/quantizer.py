@@ -145,7 +145,8 @@ class Quantizer(ABC):
         scales = fit(unit[:, :in_features], made[:, :in_features])
         scales[:height] *= deviation
         scales[height:] = 0
-        if not bool((short := scales.bfloat16()).isfinite().all()):
+        short = scales.bfloat16()
+        if not bool((made.abs().amax(dim=1) * short.float()).isfinite().all()):
             raise QuantizerError(f"a row of deviation {deviation.max().item():.3g} is too large for a bfloat16 scale; rescale the weight")
         return codes, short
 

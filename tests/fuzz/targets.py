@@ -18,7 +18,7 @@ from qpc import checkpoint
 from qpc.budget import Budget
 from qpc.capture import capture
 from qpc.ir.program import Program
-from qpc.latency import Profile
+from qpc.latency import Profile, latency_of
 from qpc.options import Options
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
@@ -32,6 +32,7 @@ from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.stacking import quantize_stacked
 from qpc.quant.vector import VectorQuantizer
 from qpc.sensitivity import Loss, Sensitivities
+from qpc.tensor_files import INDEX, TENSORS
 from tests.fuzz.damage import damage_bytes, damage_file, damage_tensors, damage_value, text_of
 from tests.latency.tables import file as table_file
 from tests.latency.tables import full
@@ -80,9 +81,11 @@ def grouped() -> Program:
 
 def budget(draw: Random) -> None:
     """Texts that are almost budgets. What is read is printed as it is read."""
-    parts = [draw.choice(NUMBERS) + draw.choice(GLUE) + draw.choice(UNITS) for _ in range(draw.choice((1, 1, 2, 3)))]
-    text = draw.choice(GLUE).join(parts)
-    if draw.random() < 0.2:
+    wild = draw.random() < 0.5
+    numbers, units, glue = (NUMBERS, UNITS, GLUE) if wild else (("3", "13/4", "0.1", ".5", "7"), UNITS[1:11], (", ",))
+    parts = [draw.choice(numbers) + draw.choice(glue if wild else ("", " ")) + draw.choice(units) for _ in range(draw.choice((1, 1, 2, 3)))]
+    text = draw.choice(glue).join(parts)
+    if wild and draw.random() < 0.2:
         text = damage_bytes(draw, text.encode("utf-8")).decode("utf-8", "replace")
     found = Budget.parse(text)
     assert Budget.parse(str(found)) == found, text
@@ -93,18 +96,18 @@ def loader(draw: Random) -> None:
     directory = home().parent / "damaged"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(home(), directory)
-    path = directory / draw.choice((checkpoint.MANIFEST, checkpoint.MANIFEST, checkpoint.TENSORS))
+    path = directory / draw.choice((checkpoint.MANIFEST, checkpoint.MANIFEST, TENSORS))
     content = path.read_bytes()
     match draw.randrange(8):
         case 0:
-            damage_file(draw, path, home() / draw.choice((checkpoint.MANIFEST, checkpoint.TENSORS)))
+            damage_file(draw, path, home() / draw.choice((checkpoint.MANIFEST, TENSORS)))
         case 1:
             path.write_bytes(damage_bytes(draw, content))
         case 2:
             shards = damage_value(draw, {"metadata": {}, "weight_map": dict.fromkeys(stored(), "model-00001-of-00002.safetensors")})
-            (directory / checkpoint.INDEX).write_bytes(text_of(shards))
-            (directory / checkpoint.TENSORS).rename(directory / "model-00001-of-00002.safetensors")
-        case _ if path.name == checkpoint.TENSORS:
+            (directory / INDEX).write_bytes(text_of(shards))
+            (directory / TENSORS).rename(directory / "model-00001-of-00002.safetensors")
+        case _ if path.name == TENSORS:
             path.write_bytes(damage_tensors(draw, content))
         case _:
             path.write_bytes(text_of(damage_value(draw, json.loads(content))))
@@ -170,7 +173,7 @@ def plan(draw: Random) -> None:
         wanted,
         Effort.FAST,
         same_quantizer_in_group=draw.random() < 0.3,
-        latency=qpc.latency_of("h100") if "seconds_per_token" in chosen else None,
+        latency=latency_of("h100") if "seconds_per_token" in chosen else None,
     )
     program = grouped()
     found = options.allocate(wanted, Sensitivities(values, loss, 0.01, 0, 1)).solve(program)
