@@ -18,6 +18,8 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+import torch
+
 from qpc.errors import QpcError
 from tests.fuzz.targets import TARGETS
 
@@ -70,6 +72,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="only this one")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     chosen = cases(options.cases, options.only) if options.case is None else [(target, options.case) for target in [options.only or ""]]
     found: dict[str, dict[str, int]] = {}
