@@ -273,11 +273,10 @@ def install(program: Program) -> nn.Module:
         live = program.tensor(name)
         kept[id(live)] = nn.Parameter(value, live.requires_grad)
     result = copy.deepcopy(model, kept)
+    stacks = {site.name: site.experts for node in program.linears() if (site := site_of(node)).experts is not None}
     for name, packed in program.packed.items():
-        site = program.decisions[name].site
-        assert site is not None
-        if site.experts is not None:
-            place_experts(result, name, QuantizedExperts.from_packed(packed, site.experts))
+        if name in stacks:
+            place_experts(result, name, QuantizedExperts.from_packed(packed, stacks[name]))
         else:
             result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
     for table in program.tables.values():
