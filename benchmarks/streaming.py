@@ -120,17 +120,16 @@ def measure(model: Path, output: Path, sizes: dict[str, Any], layers: int, bits:
         "planned_s": round(first.planned_s, 1),
         "copied_s": round(first.copied_s, 1),
         "layers": first.packed // LINEARS,
-        "layer_s": round(first.packed_s / max(1, first.packed - 1) * LINEARS, 1),
+        "weights_per_s": round((first.packed / LINEARS * weights - shapes[0][0] * shapes[0][1]) / max(first.packed_s, 0.1)),
     }
-    row["all_layers_s"] = round(row["layer_s"] * total)
-    row["weights_per_s"] = round(weights / max(row["layer_s"], 0.1))
+    row["all_layers_s"] = round(total * weights / row["weights_per_s"])
     if layers < total:
         before = [entry for entry in journal(output) if "facts" in entry]
         second = Run.of(model, output, bits, effort, layers * LINEARS + 1, True)
         steps = [entry["step"] for entry in journal(output) if "facts" in entry]
         if len(steps) != len(set(steps)) or steps[: len(before)] != [entry["step"] for entry in before]:
             raise BenchmarkError("a weight that was finished was packed again")
-        row |= {"resumed_peak_bytes": second.peak_bytes, "resumed_s": round(second.copied_s, 1)}
+        row["resumed_peak_bytes"] = second.peak_bytes
     peak = max(row["peak_bytes"], row.get("resumed_peak_bytes", 0))
     if peak > bound:
         raise BenchmarkError(f"the process took {peak} bytes, {bound} are allowed")
@@ -145,7 +144,7 @@ def journal(output: Path) -> list[dict[str, Any]]:
 
 
 class Run:
-    """One run of the command. Times in seconds: until the allocation, from there until the first weight, and for the weights `packed`."""
+    """One run of the command. Times in seconds: until the allocation, from there until the first weight is packed, and for the others."""
 
     def __init__(self) -> None:
         self.peak_bytes = self.packed = 0

@@ -4,6 +4,7 @@ This process plans once and makes the tables of the encoder; each run is a fork 
 so that forking is safe. MODEL holds sensitivities.json too. The last line is JSON: a list of `Trial`.
 """
 
+import gc
 import json
 import os
 import random
@@ -63,6 +64,8 @@ class Runs:
             quantizer, shape = annotation(node).quantizer, site_of(node).shape
             if quantizer is not None:
                 quantizer.quantize(torch.randn(shape.out_features, shape.in_features))
+        gc.collect()
+        gc.freeze()  # a fork then need not look through, and so copy, all that this process has
         self.undisturbed = home / "undisturbed"
         self.steps = 0
 
@@ -118,7 +121,7 @@ class Runs:
         wanted = min(last, round(number * last / (KILLS - LAST_KILLS)))
         process = self.begin(output)
         while len(lines(journal(output))) < wanted and os.waitpid(process, os.WNOHANG) == (0, 0):
-            time.sleep(0 if wanted == last else 0.0005)
+            time.sleep(0 if wanted == last else 0.002)
         time.sleep(0 if wanted == last else self.draw.uniform(0, 0.004))
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

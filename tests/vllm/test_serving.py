@@ -94,7 +94,7 @@ def test_same_tokens(save: Callable[..., Path], case: str) -> None:
     assert served(directory, **engine) == tokens
 
 
-@pytest.mark.parametrize("embeddings", [(), ("--embeddings", "6")], ids=["", "packed embeddings"])
+@pytest.mark.parametrize("embeddings", [(), ("--embeddings", "8")], ids=["", "packed embeddings"])
 def test_same_tokens_of_a_real_model(request: pytest.FixtureRequest, tmp_path: Path, embeddings: tuple[str, ...]) -> None:
     original = request.config.getoption("--smollm2")
     if original is None:
