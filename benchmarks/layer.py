@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.adapters import multiplications, transform_of
 from benchmarks.plan import Run, compile_ahead, failure, options_of, require_all
-from benchmarks.rows import BenchmarkError
+from benchmarks.rows import BenchmarkError, read_rows
 from benchmarks.timing import EXACT, Checked, check, copies_for, time_calls
 from benchmarks.weights import GROUPS, Shape, activations, random_weights, stacked, weight_bytes
 from qpc.errors import ProfileError
@@ -61,15 +61,20 @@ class Work:
 def main(arguments: list[str]) -> None:
     """Predict, check, time, and say how far off the worst prediction is."""
     options = options_of("layer", __doc__, arguments, budget_s=120, quick_budget_s=60, predicts=True)
-    run = Run.begin("layer", options.json, options.budget_s)
+    run = None if options.again else Run.begin("layer", options.json, options.budget_s)
     try:
         model = latency_of(options.profile)
     except ProfileError as error:
         raise BenchmarkError(str(error)) from error
     print(f"predicted for {model.title}", flush=True)
-    mixtures = QUICK_MIXTURES if options.quick else MIXTURES
-    compile_ahead(jobs_of(mixtures))
-    rows = run.record(measure(run, model, mixtures), show)
+    if run is None:
+        rows = [row | compared(model, row) for row in read_rows(options.again)]
+        for row in rows:
+            print(show(row))
+    else:
+        mixtures = QUICK_MIXTURES if options.quick else MIXTURES
+        compile_ahead(jobs_of(mixtures))
+        rows = run.record(measure(run, model, mixtures), show)
     require_all(rows)
     worst = max(rows, key=lambda row: abs(row["off"]))
     print(f"the worst of {len(rows)} predictions is off by {worst['off']:+.1%}")
@@ -85,13 +90,18 @@ def measure(run: Run, model: LatencyModel, mixtures: Sequence[Sequence[str]]) ->
             for batch in BATCHES:
                 row = {"bits": "/".join(mixture), "fused": fused, "batch": batch}
                 try:
-                    timing = time_calls(*layer(linears, batch, run.device))
-                    predicted = predict(model, linears, batch)
-                    row |= {**timing.row, "predicted_us": round(predicted.ps / 1e6, 3)}
-                    row |= {"off": round(predicted.ps / 1e6 / timing.us - 1, 4), "estimates": len(predicted.estimates)}
+                    row |= time_calls(*layer(linears, batch, run.device)).row
+                    row |= compared(model, row)
                 except Exception as error:
                     row |= failure(error)
                 yield row
+
+
+def compared(model: LatencyModel, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that say what is predicted of it."""
+    predicted = predict(model, linears_of(row["bits"].split("/"), row["fused"]), row["batch"])
+    predicted_us = round(predicted.ps / 1e6, 3)
+    return {"predicted_us": predicted_us, "off": round(predicted_us / row["us"] - 1, 4), "estimates": len(predicted.estimates)}
 
 
 def jobs_of(mixtures: Sequence[Sequence[str]]) -> list[tuple[Quantizer, tuple[Shape, ...], int]]:

@@ -73,6 +73,7 @@ def options_of(
         parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the rows into this folder")
     if predicts:
         parser.add_argument("--profile", type=Path, metavar="FILE", help="latency table that predicts (what qpc knows of this GPU)")
+        parser.add_argument("--again", type=Path, metavar="FILE", help="predict what this file has measured, without a GPU")
     parser.add_argument("--quick", action="store_true", help="only the rows that tell most")
     default = f"start no measurement after this many seconds ({budget_s:g}, quick: {quick_budget_s:g})"
     parser.add_argument("--budget-s", type=float, metavar="S", help=default)

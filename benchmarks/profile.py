@@ -5,7 +5,8 @@ What a budget in seconds is computed with. The file is one JSON object:
     format          1
     measured_with   gpu, capability, processors, read_gb_s, copy_gb_s, launch_us (of one kernel in a CUDA graph), versions, commit
     rows            objects with family ('trellis', 'scalar', or 'bf16' for `F.linear`), rate [bits per weight], batch, out_features,
-                    in_features, and us: median time of one multiplication of bfloat16 activations, the weight read from memory;
+                    in_features, us: median time of one multiplication of bfloat16 activations, the weight read from memory, and
+                    mixture, true where a weight has two rates along its input axis;
                     or with transform (what makes activations the operand of a multiplication), features, batch and us
 
 A quantized multiplication is timed behind its transform, as in a model, and us is what it adds to that: alone, each would start while the
@@ -30,9 +31,10 @@ from benchmarks.transform import CALLS, transforms
 from benchmarks.weights import Shape, activations, label, random_weights, weight_bytes
 from qpc.latency import GPUS
 from qpc.latency.profile import TRANSFORMS
+from qpc.quant.mixed import MixedRateQuantizer
 
-RATES = tuple(Fraction(text) for text in ("3", "2", "4", "2.5", "3.5", "3.25", "1", "6", "5"))
-"""The most telling first; 3.25 stands for the mixtures of two rates."""
+RATES = tuple(map(Fraction, ["3", "2", "4", "2.5", "3.5", "3.25", "2.75", "3.75", "2.25", "1", "6", "5", "4.5", "1.5", "1.25", "5.75"]))
+"""The most telling first; quarters of a bit are mixtures of two rates, which take longer than either."""
 
 SCALAR_BITS = (8, 6)
 QUICK_RATES = RATES[:3]
@@ -78,6 +80,7 @@ def measure(run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape]) -> I
             expected = weights[0].product(inputs)
             for batch in BATCHES:
                 row = {"family": subject.family, "rate": subject.rate, "batch": batch, "out_features": shape[0], "in_features": shape[1]}
+                row |= {"mixture": True} if isinstance(subject.quantizer, MixedRateQuantizer) else {}
                 try:
                     calls = multiplications(weights, inputs[:batch])
                     proof = check(calls[0], expected[:batch], EXACT)

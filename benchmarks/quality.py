@@ -35,7 +35,7 @@ from qpc.evaluate import evaluate
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
-from qpc.options import Options
+from qpc.options import Options, parse_switch
 from qpc.passes.allocate import Allocate
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.feedbacks import Known
@@ -48,7 +48,7 @@ from qpc.passes.tune import Tuning
 from qpc.quant.neighbours import neighbours
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.trellis import TrellisQuantizer
-from qpc.sensitivity import Sensitivities
+from qpc.sensitivity import OutputMoments, Sensitivities
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.solver import Allocation
@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> None:
         row |= {
             "sensitivity": job.sensitivity and Path(job.sensitivity).name,
             "tune": job.tune,
+            "row_feedback": job.rows,
             "fold": job.fold == "on",
             "seed": job.seed,
             "budget": job.bits,
@@ -108,6 +109,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         "--shares", nargs="+", default=["expected"], choices=["expected", "ignored"], help="whether allocations know of feedback"
     )
     parser.add_argument("--tune", nargs="+", default=["off"], help="off, auto, steps, or fields of `Tuning`: steps=100,rounds=8")
+    parser.add_argument(
+        "--rows", nargs="+", default=["auto"], choices=["auto", "on", "off"], help="whether errors are carried between rows"
+    )
     parser.add_argument("--fold", nargs="+", default=["off"], choices=["off", "on"], help="whether gains and rotations are folded")
     parser.add_argument("--own-tokens", type=int, default=0, help="measure on so many tokens that the model samples with another seed, too")
     parser.add_argument("--parallel", action="store_true", help="moments of the original model, not behind the quantized layers")
@@ -155,6 +159,7 @@ class Job:
     shares: str
     bits: str
     tune: str
+    rows: str
 
     @property
     def tuning(self) -> Tuning | None:
@@ -168,14 +173,15 @@ class Job:
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     """In order; without calibration the seed hardly matters for a single rate, so only the first is used."""
-    for fold, seed, calibration, positions in product(options.fold, options.seeds, options.calibrations, options.positions):
+    given = (options.fold, options.seeds, options.calibrations, options.positions, options.rows)
+    for fold, seed, calibration, positions, rows in product(*given):
         if calibration == "none" and (positions != options.positions[0] or (options.single and seed != options.seeds[0])):
             continue
         for sensitivity, shares in product([None] if options.single else options.sensitivities, options.shares):
             if shares != options.shares[0] and (options.single or calibration == "none"):
                 continue
             for bits, tune in product(options.bits, ["off"] if options.single else options.tune):
-                yield Job(fold, seed, calibration, positions, sensitivity, shares, bits, tune)
+                yield Job(fold, seed, calibration, positions, sensitivity, shares, bits, tune, rows)
 
 
 def _compiled(
@@ -190,7 +196,7 @@ def _compiled(
 
     effort, jobs = Effort.parse(options.effort), list(_jobs(options))
     if not options.single:
-        for _, alike in groupby(jobs, lambda job: (job.fold, job.seed, job.calibration, job.positions)):
+        for _, alike in groupby(jobs, lambda job: (job.fold, job.seed, job.calibration, job.positions, job.rows)):
             prepared: Prepared | None = None
             for job in alike:
                 source = Options(
@@ -200,6 +206,7 @@ def _compiled(
                     fold=job.fold == "on",
                     calibration=data(job),
                     weigh_positions=job.positions == "weighed",
+                    row_feedback=parse_switch("rows", job.rows),
                     sensitivity=parse_sensitivity(job.sensitivity, tokenizer=tokenizer),
                     tune=job.tuning,
                 )
@@ -311,15 +318,17 @@ class SingleRate:
         Pipeline((Allocate.uniform(quantizer),)).run(program)
         samples, remarks = collect(calibration, program, seed)
         program.remarks += remarks
+        rows = parse_switch("rows", job.rows)
+        found = Options(qpc.Budget.of(rate), effort, seed=seed, fold=job.fold == "on", calibration=calibration, row_feedback=rows)
         if samples is not None and job.positions == "weighed":
-            samples, remarks = weighed(Gradients(program, samples, seed))
+            moments = OutputMoments.of(program) if found.couples_rows(program.device) else None
+            samples, remarks = weighed(Gradients(program, samples, seed, moments=moments))
             program.remarks += remarks
         for part, _ in quantizer.parts(1 << 16):
             assert isinstance(part, TrellisQuantizer)
             neighbours(part.step_bits, part.window_bits, next(model.parameters()).device)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found = Options(qpc.Budget.of(rate), effort, seed=seed, fold=job.fold == "on", calibration=calibration)
         return SingleRate(model, program, samples, found)
 
     def quantized(self, sequential: bool) -> nn.Module:

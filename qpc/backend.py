@@ -39,6 +39,7 @@ LEGAL = (
     "rotation_block",
     "embeddings",
     "calibration",
+    "row_feedback",
     "sensitivity",
     "tune",
     "tokenizer",
@@ -97,7 +98,7 @@ def qpalette(
     """The backend; found by name through the entry-point group `torch_dynamo_backends`.
 
     options: `budget` (required), `effort`, `exclude`, `seed`, `same_quantizer_in_group`, `rotation_block`, `embeddings`, `calibration`,
-        `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`, and `inner` and `mode` as in `BackendOptions`.
+        `row_feedback`, `sensitivity`, `tune`, `tokenizer`, `gpu`, `batch` as in `qpc.compile`; `inner` and `mode` as in `BackendOptions`.
     mode: the same, where `torch.compile` was given one.
 
     Nothing is folded here: what a graph gets from outside (hidden states, caches) is not known to be rotated. A model that `qpc.compile`

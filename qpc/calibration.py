@@ -19,6 +19,7 @@ from qpc.ir.annotation import annotation
 from qpc.ir.program import Program, Remark
 from qpc.ir.random_inputs import vocabulary
 from qpc.progress import Progress, silent
+from qpc.quant.moment import Moment
 from qpc.sampling import Start, cannot_sample, chat_opening, sample
 from qpc.settings import Settings
 
@@ -27,6 +28,9 @@ MOST_TOKENS = 128 * 256
 
 TOKENS_PER_INPUT = 16
 """Self-sampled tokens for each input of the widest linear, as far as `MOST_TOKENS` allows; fewer than a quarter of it earn a remark."""
+
+GPU_TIMES = 4
+"""So many times more are sampled by a model on a GPU, where they cost seconds."""
 
 LEAST_SEQUENCES = 32
 """Sequences of different beginnings that are sampled at least; they get shorter first."""
@@ -45,7 +49,7 @@ BATCH_INPUTS = 4096
 class SelfSampled:
     """Text that the model samples from itself, with the seed of the compile; it is kept on disk for the next one.
 
-    tokens: in all; None: `TOKENS_PER_INPUT` for each input of the widest linear, at most `MOST_TOKENS`.
+    tokens: in all; None: `TOKENS_PER_INPUT` for each input of the widest linear, at most `MOST_TOKENS`; `GPU_TIMES` that on a GPU.
     length: tokens of a sequence, as far as the model allows. temperature: of the distribution of the model.
     start: how sequences begin. opening: the tokens with which they begin instead of the BOS token; CHAT needs them, see `parse`.
     """
@@ -101,7 +105,8 @@ class Samples:
     """Inputs of a program with one input, in batches along the first axis, and others held out.
 
     description: where they come from. importance, held_out_importance: how much each position counts in the moments of each linear, if that
-    is known: for each batch, by name of the linear node, float32 [positions].
+    is known: for each batch, by name of the linear node, float32 [positions]. outputs: the second moments of the gradients with respect to
+    what linears write, by name of the weight; rows of a weight that is missing are rounded independently of each other.
     """
 
     batches: tuple[Tensor, ...]
@@ -109,6 +114,7 @@ class Samples:
     description: str
     importance: tuple[Mapping[str, Tensor], ...] | None = None
     held_out_importance: tuple[Mapping[str, Tensor], ...] | None = None
+    outputs: Mapping[str, Moment] | None = None
 
     def weighed(self, importance: Sequence[Mapping[str, Tensor]]) -> "Samples":
         """The same with the importance of the positions of `batches` and then `held_out`.
@@ -252,7 +258,8 @@ def _self_sampled(calibration: SelfSampled, program: Program, seed: int, progres
     """Tokens [sequences, length], from the cache if they are there."""
     model = program.module
     widest = max(site.shape.in_features for node in program.linears() if (site := annotation(node).site) is not None)
-    tokens = calibration.tokens or min(TOKENS_PER_INPUT * widest, MOST_TOKENS)
+    times = 1 if program.device.type == "cpu" else GPU_TIMES
+    tokens = calibration.tokens or times * min(TOKENS_PER_INPUT * widest, MOST_TOKENS)
     config: Any = model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or calibration.length
     length = min(calibration.length, longest, max(2, tokens // LEAST_SEQUENCES))

@@ -14,9 +14,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from qpc.errors import CaptureError, ModelError
+from qpc.ir.functional import make_functional
 from qpc.ir.inline import inline_regions
 from qpc.ir.program import Program, named_tensors
+from qpc.ir.unreached import unreached
 from qpc.ir.values import mutated, remove_dead_code
+from qpc.kernels.experts import routes_experts
 
 OUTPUT_HEAD = "the output head stays as it is"
 EMBEDDING = "its weight is also that of an embedding"
@@ -49,11 +52,13 @@ def capture(model: nn.Module, *, example_inputs: tuple[Tensor, ...] | None = Non
     if example_inputs is None:
         _check_symbolic(program)
     program.excluded = _embedding_linears(program) | excluded
+    program.remarks += unreached(program)
     return program
 
 
 def _excluded(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, str]:
-    names = [name.removesuffix(".weight") for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == 2]
+    stored = model.named_parameters(remove_duplicate=False)
+    names = [name.removesuffix(".weight") for name, p in stored if p.ndim == 2 or (p.ndim == 3 and not name.endswith(".weight"))]
     linears = [name for name in names if not isinstance(_submodule(model, name), nn.Embedding)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found = {name: OUTPUT_HEAD for name, module in model.named_modules(remove_duplicate=False) if module is head and module is not None}
@@ -107,7 +112,7 @@ def _export(model: nn.Module, example_inputs: tuple[Tensor, ...] | None) -> Expo
             f"one tensor for each input of forward({', '.join(parameters)})"
         )
     try:
-        with _evaluating(model), _quiet(), torch.no_grad():
+        with _evaluating(model), _without_cache(model), _by_groups(model), _quiet(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(_explanation(model, error)) from error
@@ -134,6 +139,37 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A multimodal model takes no `use_cache`, but its language part does what its configuration says."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
+    before = getattr(text, "use_cache", None)
+    if not before:
+        yield
+        return
+    text.use_cache = False
+    try:
+        yield
+    finally:
+        text.use_cache = before
+
+
+@contextmanager
+def _by_groups(model: nn.Module) -> Iterator[None]:
+    """The experts of transformers multiplied by one operator, whatever the model is set to: no graph can hold a loop over those chosen."""
+    implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    change: Any = getattr(model, "set_experts_implementation", None)
+    if implementation == "grouped_mm" or change is None or not any(map(routes_experts, model.modules())):
+        yield
+        return
+    change("grouped_mm")
+    try:
+        yield
+    finally:
+        change(implementation)
 
 
 @contextmanager
@@ -201,6 +237,7 @@ def _program(model: nn.Module, exported: ExportedProgram) -> Program:
     for node in list(graph.nodes):
         if node.target in _TRACE_CHECKS:
             graph.erase_node(node)
+    make_functional(graph)
     remove_dead_code(graph)
     written = sorted(tensors[node.name] for node in mutated(graph) if node.name in tensors)
     if written:

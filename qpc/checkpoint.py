@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON that any machine can read.
 
-    qpc.json            what the tensors mean: format version, one entry per quantized linear and embedding and per gain that folding left
-                        between two rotations, tied names, the report; and the checksums of all tensors and of itself
+    qpc.json            what the tensors mean: format version, one entry per quantized linear, embedding and stack, and per gain that
+                        folding left between two rotations, tied names, the report; and the checksums of all tensors and of itself
     model.safetensors   every tensor: those of quantized modules under their module's name (`codes0`, `codes1`, `scales`, `signs`, `bias`),
                         all others under the names that the model gives them; or shards with model.safetensors.index.json, as
                         transformers writes them
@@ -29,10 +29,12 @@ from qpc.kernels.embedding import QuantizedEmbedding
 from qpc.kernels.gain import TurnedGain
 from qpc.kernels.linear import QuantizedLinear, join
 from qpc.kernels.packed_module import PackedModule, share_signs, tie, tied_groups
+from qpc.plain_files import read_json
 from qpc.quant import palette
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation
 from qpc.report import Report
+from qpc.stored_experts import experts_entries, place_stored_experts
 from qpc.tensor_files import METADATA, SHARD_BYTES
 from qpc.tensor_files import TENSORS as TENSORS
 
@@ -88,6 +90,7 @@ def write_manifest(model: nn.Module, directory: Path, checksums: Mapping[str, st
         "format_version": FORMAT_VERSION,
         "linears": entries,
         "embeddings": {name: _embedding_entry(module) for name, module in tables.items()},
+        "experts": experts_entries(model),
         "gains": {name: {"block": module.block, "offset": module.offset} for name, module in gains.items()},
         "aliases": aliases,
         "report": report_of(model).to_json(),
@@ -108,7 +111,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST}: it is not a checkpoint of qpc; make one with `qpc compile`") from None
     except (OSError, ValueError) as error:
@@ -119,7 +122,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version!r}, this qpc reads {FORMAT_VERSION}; use the version that wrote it")
     manifest.setdefault("gains", {})  # a checkpoint from before folding has none
-    for key in ("linears", "embeddings", "gains", "aliases", "report"):
+    manifest.setdefault("experts", {})  # nor one from before stacks of experts
+    for key in ("linears", "embeddings", "experts", "gains", "aliases", "report"):
         if not isinstance(manifest.get(key), dict):
             raise CheckpointError(f"{path} has no valid {key!r} section; the checkpoint is damaged")
     return manifest
@@ -133,7 +137,7 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
 def read_quantizers(directory: str | os.PathLike[str]) -> dict[str, Quantizer]:
     """The quantizer of each quantized linear and embedding by name, without reading tensors."""
     manifest = read_manifest(directory)
-    entries = manifest["linears"] | manifest["embeddings"]
+    entries = manifest["linears"] | manifest["embeddings"] | manifest["experts"]
     return {name: palette.from_json(entry.get("quantizer") if isinstance(entry, dict) else None) for name, entry in entries.items()}
 
 
@@ -166,6 +170,7 @@ def place(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         _place(model, name, entry)
     for name, entry in manifest["embeddings"].items():
         _place_embedding(model, name, entry)
+    place_stored_experts(model, manifest["experts"])
     for name, entry in manifest["gains"].items():
         _place_gain(model, name, entry)
 

@@ -20,6 +20,7 @@ from qpc.ir.program import Program
 from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
+from qpc.kernels.experts import QuantizedExperts, place_experts, routes_experts
 from qpc.kernels.linear import QuantizedLinear, join
 from qpc.kernels.packed_module import PackedModule, share_signs, tie
 from qpc.latency import LatencyModel
@@ -40,7 +41,7 @@ from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow, typical_block
-from qpc.sensitivity import Method, Sensitivities, check_finite
+from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
 
@@ -61,6 +62,7 @@ def compile(
     embeddings: Fraction | float | str | None = None,
     calibration: object = "self",
     tokenizer: Any | None = None,
+    row_feedback: object = "auto",
     example_inputs: tuple[Tensor, ...] | None = None,
     sensitivity: object = Method.GRADIENT,
     tune: object = "auto",
@@ -81,6 +83,8 @@ def compile(
     embeddings: bits per weight of embeddings and output heads, which do not count for a budget in bits; by default they stay as they are.
     calibration: inputs for error feedback: "self" (text that the model samples from itself; a `SelfSampled` says how), tokens (int64
         [sequences, length] or an iterable of such), texts or the path of a text file, or None. tokenizer: reads texts.
+    row_feedback: whether errors are carried between the rows of a weight too, as gradients say which outputs matter together: "on", "off",
+        or "auto" (if the model is on a GPU).
     sensitivity: how to estimate what each linear matters: "gradient" (on the inputs of the calibration), "self" (noise, on text that the
         model samples), "random" (noise, on random tokens), or noise on inputs given as for the calibration.
     sensitivities: as estimated before, instead.
@@ -104,6 +108,7 @@ def compile(
         embeddings=embeddings,
         calibration=calibration,
         tokenizer=tokenizer,
+        row_feedback=row_feedback,
         sensitivity=sensitivity,
         tune=tune,
         gpu=gpu,
@@ -193,13 +198,15 @@ def prepare(
     samples, remarks = collect(options.calibration, program, options.seed, progress)
     program.remarks += remarks
     program.calibration = None if samples is None else samples.description
-    gradients = None if samples is None else Gradients(program, samples, options.seed, progress)
+    moments = OutputMoments.of(program) if options.couples_rows(program.device) else None
+    gradients = None if samples is None else Gradients(program, samples, options.seed, progress, moments)
     if sensitivities is None:
         sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
         program.remarks += remarks
     known = Known()
     if samples is not None and gradients is not None:
         settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
+        settings |= {"rows": True} if moments is not None else {}
         file = Shares.of(program, samples, settings)
         known = file.read()
         if options.weigh_positions and (rounds or not known.expected):
@@ -237,12 +244,15 @@ def lowering(program: Program) -> tuple[Pass, ...]:
 
 
 def irreplaceable(model: nn.Module) -> dict[str, str]:
-    """Modules with a weight matrix that are more than `x W^T + b`, so that no other module can take their place."""
+    """Modules with a weight matrix that are more than `x W^T + b`, so that no other module can take their place; stacks of others, too."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not is_plain_linear(module):
             found[name] = f"its class {type(module).__name__} is not a plain linear"
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and leaf != "weight" and not routes_experts(module):
+                found[f"{name}.{leaf}" if name else leaf] = f"its class {type(module).__name__} is none of the experts of transformers"
     return found
 
 
@@ -263,8 +273,12 @@ def install(program: Program) -> nn.Module:
         live = program.tensor(name)
         kept[id(live)] = nn.Parameter(value, live.requires_grad)
     result = copy.deepcopy(model, kept)
+    stacks = {site.name: site.experts for node in program.linears() if (site := site_of(node)).experts is not None}
     for name, packed in program.packed.items():
-        result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
+        if name in stacks:
+            place_experts(result, name, QuantizedExperts.from_packed(packed, stacks[name]))
+        else:
+            result.set_submodule(name, QuantizedLinear.from_packed(packed, getattr(result.get_submodule(name), "bias", None)))
     for table in program.tables.values():
         readers: list[PackedModule] = []
         for lookup in table.lookups:

@@ -4,14 +4,17 @@ The protocol: windows that do not overlap, one at a time; the log-likelihood of 
 of the next-token distributions at every position. Softmax in float32, sums in float64.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpc import cache
 from qpc.errors import EvaluationError, ModelError
+from qpc.journal import Journal, Step
 from qpc.progress import Progress, silent, track
 
 CHUNK = 128
@@ -36,11 +39,41 @@ class Evaluation:
     window: int
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, reference: nn.Module | None, tokens: Tensor, window: int = 1024, progress: Progress = silent) -> Evaluation:
+@dataclass(frozen=True)
+class Sums:
+    """Sums over some positions: negative log-likelihoods in nats of both models, divergence in nats, and how often both agree."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    divergence: float = 0.0
+    agreed: float = 0.0
+
+    @staticmethod
+    def of(measurement: dict[str, float] | None) -> "Sums | None":
+        """From a journal; None if that has no sums of this form."""
+        return Sums(**measurement) if measurement is not None and measurement.keys() == asdict(Sums()).keys() else None
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.loss + other.loss,
+            self.reference_loss + other.reference_loss,
+            self.divergence + other.divergence,
+            self.agreed + other.agreed,
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    reference: nn.Module | None,
+    tokens: Tensor,
+    window: int = 1024,
+    progress: Progress = silent,
+    journal: Journal[dict[str, float]] | None = None,
+) -> Evaluation:
     """Evaluate a causal language model on `tokens`, beside a reference if there is one.
 
     tokens: int64 [n], n >= 2. A last window shorter than `window` counts if it predicts at least one token.
+    journal: windows of these models that it holds are not measured again, others are added to it.
     Raises `EvaluationError` for too short a text or window, `ModelError` for logits that are not finite.
     """
     if tokens.ndim != 1 or tokens.numel() < 2:
@@ -48,35 +81,54 @@ def evaluate(model: nn.Module, reference: nn.Module | None, tokens: Tensor, wind
     if window < 2:
         raise EvaluationError(f"{window=} must be at least 2: the first token of a window is never predicted")
     windows = [piece for piece in torch.split(tokens, window) if piece.numel() > 1]
-    loss = reference_loss = divergence = agreement = 0.0
-    predicted = positions = 0
+    name: Step = () if journal is None else ("window", fingerprint(model), None if reference is None else fingerprint(reference))
+    sums = Sums()
     for piece in track(windows, "evaluate", len(windows), progress):
-        logits = logits_of(model, piece[None])[0]
-        other = None if reference is None else logits_of(reference, piece[None])[0]
-        for start in range(0, piece.numel(), CHUNK):
-            span = slice(start, start + CHUNK)
-            targets = piece[start + 1 : start + CHUNK + 1].to(logits.device)
-            mine = log_probabilities(logits[span], "the model")
-            loss -= likelihood(mine, targets)
-            if other is not None:
-                theirs = log_probabilities(other[span].to(logits.device), "the reference")
-                if theirs.shape != mine.shape:
-                    raise EvaluationError(
-                        f"the model has {mine.shape[1]} logits and the reference {theirs.shape[1]}; both must share one vocabulary"
-                    )
-                reference_loss -= likelihood(theirs, targets)
-                divergence += (theirs.exp() * (theirs - mine)).sum(dtype=torch.float64).item()
-                agreement += (theirs.argmax(dim=1) == mine.argmax(dim=1)).sum().item()
-        predicted += piece.numel() - 1
-        positions += piece.numel()
+        step = (*name, hashlib.sha256(piece.cpu().numpy().tobytes()).hexdigest()[:32])
+        known = None if journal is None else Sums.of(journal[step])
+        found = window_sums(model, reference, piece) if known is None else known
+        if journal is not None:
+            journal[step] = asdict(found)
+        sums += found
+    positions = sum(piece.numel() for piece in windows)
+    predicted = positions - len(windows)
     return Evaluation(
-        perplexity=exp(loss / predicted),
-        reference_perplexity=None if reference is None else exp(reference_loss / predicted),
-        kl=None if reference is None else divergence / positions,
-        top1_agreement=None if reference is None else agreement / positions,
+        perplexity=exp(sums.loss / predicted),
+        reference_perplexity=None if reference is None else exp(sums.reference_loss / predicted),
+        kl=None if reference is None else sums.divergence / positions,
+        top1_agreement=None if reference is None else sums.agreed / positions,
         tokens=positions,
         window=window,
     )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells a model from others in a journal: a digest of its configuration and tensors."""
+    return cache.key(model, 1, {})
+
+
+@torch.inference_mode()
+def window_sums(model: nn.Module, reference: nn.Module | None, tokens: Tensor) -> Sums:
+    """The sums over one window, int64 [length]."""
+    logits = logits_of(model, tokens[None])[0]
+    other = None if reference is None else logits_of(reference, tokens[None])[0]
+    sums = Sums()
+    for start in range(0, tokens.numel(), CHUNK):
+        span = slice(start, start + CHUNK)
+        targets = tokens[start + 1 : start + CHUNK + 1].to(logits.device)
+        mine = log_probabilities(logits[span], "the model")
+        if other is None:
+            sums += Sums(loss=-likelihood(mine, targets))
+            continue
+        theirs = log_probabilities(other[span].to(logits.device), "the reference")
+        if theirs.shape != mine.shape:
+            raise EvaluationError(
+                f"the model has {mine.shape[1]} logits and the reference {theirs.shape[1]}; both must share one vocabulary"
+            )
+        divergence = (theirs.exp() * (theirs - mine)).sum(dtype=torch.float64).item()
+        agreed = (theirs.argmax(dim=1) == mine.argmax(dim=1)).sum().item()
+        sums += Sums(-likelihood(mine, targets), -likelihood(theirs, targets), divergence, agreed)
+    return sums
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:

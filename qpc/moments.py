@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qpc.ir.annotation import annotation
+from qpc.ir.annotation import annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.walk import Walk
+from qpc.quant.experts import rows_of_experts
 from qpc.quant.moment import Moment
 
 ROWS_AT_ONCE = 8192
@@ -43,8 +44,9 @@ class MomentStream:
         """A stream at the beginning of the graph.
 
         program: CANONICAL or later, not lowered, with one input. batches, held_out: values of that input. importance,
-        held_out_importance: how much each position counts in the moments; alike if it is not given. sequential: whether `replace`
-        has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32 or float64.
+        held_out_importance: how much each position counts in the moments; alike for linears for which it is not given. sequential:
+        whether `replace` has an effect; otherwise all moments are those of the original model. dtype: in which moments are summed, float32
+        or float64.
         """
         self._program = program
         self._device = program.device
@@ -68,6 +70,39 @@ class MomentStream:
         self._forget(ordered[0])
         return replace(fit, held_out=held_out)
 
+    @torch.no_grad()
+    def moments_of_experts(self, nodes: Iterable[fx.Node]) -> list[Moment]:
+        """The second moments of the rows that each expert of a stack reads, all rows alike: `moment` of one expert after the other.
+
+        One that reads none has a moment of zero.
+        """
+        ordered = sorted(nodes, key=self._order.__getitem__)
+        fit, held_out = (self._summed_by_expert(walks, ordered) for walks in self._walks)
+        self._forget(ordered[0])
+        return [replace(moment, held_out=held_out[index] if held_out else None) for index, moment in enumerate(fit)]
+
+    def _summed_by_expert(self, walks: list[Walk], nodes: list[fx.Node]) -> list[Moment]:
+        """A moment of each expert; none if there are no batches."""
+        totals: list[Tensor] = []
+        counts: list[int] = []
+        parked = self._crowded(walks)
+        for walk in walks:
+            walk.move(self._device)
+            for number, node in enumerate(nodes):
+                here = walk if number == 0 else walk.fork()
+                x, expert = (here.input_of(node, self._weights, argument) for argument in (0, 2))
+                if not totals:
+                    experts = len(self._program.tensor(site_of(node).weight))
+                    totals = [torch.zeros(x.shape[1], x.shape[1], dtype=self._dtype, device=x.device) for _ in range(experts)]
+                    counts = [0] * len(totals)
+                for index, rows in rows_of_experts(expert, len(totals)):
+                    wide = x[rows].to(self._dtype)
+                    totals[index].addmm_(wide.t(), wide)
+                    counts[index] += len(rows)
+            if parked:
+                walk.move(torch.device("cpu"))
+        return [Moment(total / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
+
     def replace(self, weights: Mapping[fx.Node, Tensor]) -> None:
         """Let linears that the stream has not passed have these weights: [out_features, in_features], any dtype, on any device."""
         if self._sequential:
@@ -85,10 +120,11 @@ class MomentStream:
             for number, node in enumerate(nodes):
                 value = (walk if number == 0 else walk.fork()).input_of(node, self._weights)
                 flat = value.reshape(-1, value.shape[-1])
-                counts = torch.ones(len(flat)) if importance is None else importance[batch][node.name]
+                weights = None if importance is None else importance[batch].get(node.name)
+                counts = torch.ones(len(flat)) if weights is None else weights
                 for rows, share in zip(torch.split(flat, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True):
                     wide = rows.to(self._dtype)
-                    weighted = wide if importance is None else wide * share.to(wide)[:, None]
+                    weighted = wide if weights is None else wide * share.to(wide)[:, None]
                     total = weighted.t() @ wide if total is None else total.addmm_(weighted.t(), wide)
                     count += len(rows)
                 weight += float(counts.sum(dtype=torch.float64))

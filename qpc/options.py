@@ -6,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qpc.budget import Budget
 from qpc.calibration import Calibration, SelfSampled
 from qpc.calibration import parse as parse_calibration
@@ -35,6 +37,7 @@ class Options:
     embeddings: bits per weight of embeddings and output heads, one of the rates of the palette; None leaves them as they are.
     calibration: the inputs on which the second moments for error feedback are taken; None: no feedback.
     weigh_positions: in these moments, by what gradients say of their importance.
+    row_feedback: carry errors between the rows of a weight too, weighed by gradients; None: if the model is on a GPU.
     sensitivity: how sensitivities are estimated.
     tune: how scales and the vectors of norms and biases are tuned on the inputs of the calibration, after rounding; None: not at all.
     latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
@@ -53,6 +56,7 @@ class Options:
     embeddings: Fraction | None = None
     calibration: Calibration | None = field(default_factory=SelfSampled)
     weigh_positions: bool = True
+    row_feedback: bool | None = None
     sensitivity: Wanted = field(default_factory=Wanted)
     tune: Tuning | None = None
     latency: LatencyModel | None = None
@@ -79,6 +83,7 @@ class Options:
         embeddings: Fraction | float | str | None = None,
         calibration: object = "self",
         tokenizer: Any | None = None,
+        row_feedback: object = "auto",
         sensitivity: object = Method.GRADIENT,
         tune: object = "auto",
         gpu: LatencyModel | Path | str | None = None,
@@ -96,11 +101,17 @@ class Options:
             fold=fold,
             embeddings=parse_rate(embeddings),
             calibration=parse_calibration(calibration, tokenizer=tokenizer),
+            row_feedback=parse_switch("row_feedback", row_feedback),
             sensitivity=parse_sensitivity(sensitivity, tokenizer=tokenizer),
             tune=Tuning.parse(tune),
             latency=latency_for(gpu, limits),
             batch=batch,
         )
+
+    def couples_rows(self, device: torch.device) -> bool:
+        """Whether errors are carried between rows, for a model on a device."""
+        wanted = device.type != "cpu" if self.row_feedback is None else self.row_feedback
+        return wanted and self.weigh_positions
 
     def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
         """The pass that allocates with these options, within any budget."""
@@ -120,6 +131,18 @@ def latency_for(gpu: LatencyModel | Path | str | None, *budgets: Budget) -> Late
     if gpu is None and all(budget.latency_ps is None for budget in budgets):
         return None
     return latency_of(gpu)
+
+
+def parse_switch(name: str, value: object) -> bool | None:
+    """What "on", "off" or "auto" (None) means. Raises `SettingsError` for anything else."""
+    match value:
+        case "auto" | None:
+            return None
+        case bool():
+            return value
+        case "on" | "off":
+            return value == "on"
+    raise SettingsError(f"{name}={value!r} must be 'auto', 'on' or 'off'")
 
 
 def parse_rate(value: Fraction | float | str | None) -> Fraction | None:

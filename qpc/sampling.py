@@ -43,8 +43,13 @@ def cannot_sample(model: nn.Module) -> str | None:
     can_generate = getattr(model, "can_generate", None)
     if callable(can_generate) and not can_generate():
         return f"{type(model).__name__} cannot generate text"
-    missing = {"input_ids", "past_key_values", "use_cache"} - inspect.signature(model.forward).parameters.keys()
+    missing = {"input_ids", cache_name(model), "use_cache"} - inspect.signature(model.forward).parameters.keys()
     return f"the forward of {type(model).__name__} takes no {', '.join(sorted(missing))}" if missing else None
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls its keys and values, as an argument and in what it returns: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def chat_opening(tokenizer: Any) -> tuple[int, ...]:
@@ -105,13 +110,13 @@ def _continued(model: nn.Module, begin: Tensor, fresh: Iterable[int], temperatur
     """Sequences that go on from `begin` [rows, n] by one token for each element of `fresh`."""
     device = next(model.parameters()).device
     pieces = [begin.to(device)]
-    cache = None
+    cache, name = None, cache_name(model)
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     for made, _ in enumerate(fresh, start=begin.shape[1]):
         # Without a mask that says otherwise, some models warn of padding where a sampled token happens to be that of padding.
         mask = {"attention_mask": torch.ones(len(begin), made, dtype=torch.int64, device=device)} if masked else {}
-        output = model(input_ids=pieces[-1], past_key_values=cache, use_cache=True, **mask)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=pieces[-1], use_cache=True, **{name: cache}, **mask)
+        cache = getattr(output, name, None)
         if cache is None:
             raise ModelError(f"{type(model).__name__} returns no cache of keys and values")
         pieces.append(drawn(output.logits[:, -1].float() / temperature, torch.rand(len(begin), generator=draw, dtype=torch.float64)))

@@ -8,8 +8,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +23,9 @@ from qpc.errors import ModelError, SettingsError
 from qpc.ir.annotation import fake_value, site_of
 from qpc.ir.program import Program, Remark
 from qpc.ir.random_inputs import random_inputs
+from qpc.journal import Journal
 from qpc.progress import Progress, silent
-from qpc.sensitivity import Importance, Journal, Loss, Method, Sensitivities, by_gradient, checked, estimate
+from qpc.sensitivity import Importance, Loss, Method, OutputMoments, Sensitivities, by_gradient, checked, estimate
 from qpc.sensitivity.gradient import Backward
 from qpc.settings import Settings
 
@@ -73,12 +74,16 @@ def parse(value: object, *, tokenizer: object | None = None) -> Wanted:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What backward passes over all samples say, made when it is first asked for; each pass is kept on disk by itself."""
+    """What backward passes over all samples say, made when it is first asked for; each pass is kept on disk by itself.
+
+    moments: where the moments of gradients are added up. They are not kept on disk, so with them every pass is made.
+    """
 
     program: Program
     samples: Samples
     seed: int
     progress: Progress = silent
+    moments: OutputMoments | None = None
 
     @property
     def batches(self) -> list[Tensor]:
@@ -92,21 +97,23 @@ class Gradients:
         Raises `ModelError` as `by_gradient` does.
         """
         directory = Settings.from_environment().cache
+        find = partial(by_gradient, self.program, self.batches, seed=self.seed, moments=self.moments, progress=self.progress)
+        find = partial(find, held_out=len(self.samples.held_out))
         if directory is None:
-            return by_gradient(self.program, self.batches, seed=self.seed, progress=self.progress)
+            return find()
         settings = {"seed": self.seed, "sites": _sites(self.program), "inputs": digest(self.batches), "what": "gradients"}
         key = cache.key(self.program.module, FORMAT, settings)
 
         def recall(number: int, make: Callable[[], Backward]) -> Backward:
             name = f"gradients-{key}-{number}.safetensors"
-            kept = _unpacked(cache.read(directory, name))
+            kept = _unpacked(cache.read(directory, name)) if self.moments is None else None
             if kept is None:
                 kept = make()
                 with suppress(SettingsError):  # it is made again the next time
                     cache.write(directory, name, _packed(kept))
             return kept
 
-        return by_gradient(self.program, self.batches, seed=self.seed, recall=recall, progress=self.progress)
+        return find(recall=recall)
 
 
 def estimated(
@@ -145,13 +152,20 @@ def estimated(
 
 
 def weighed(gradients: Gradients) -> tuple[Samples, tuple[Remark, ...]]:
-    """The samples with the importance of their positions; without it, and with a remark, if the model cannot be differentiated."""
+    """The samples with the importance of their positions, and the moments of gradients if those are asked for.
+
+    Without both, and with a remark, if the model cannot be differentiated.
+    """
     samples, model = gradients.samples, type(gradients.program.module).__name__
     try:
         _, importance = gradients.found
     except ModelError as error:
         return samples, (Remark("calibration", model, f"{error}: all positions count alike in the moments"),)
-    return samples.weighed(importance), ()
+    found, moments = samples.weighed(importance), gradients.moments
+    if moments is None:
+        return found, ()
+    remarks = () if moments.declined is None else (Remark("calibration", model, moments.declined),)
+    return replace(found, outputs=moments.moments()), remarks
 
 
 class _Undifferentiable(ModelError):
@@ -176,7 +190,7 @@ def _estimated(
         kept = _parsed(cache.read(directory, f"{name}.json"))
         if kept is not None and sorted(kept.values) == sites:
             return kept
-    journal = Journal() if directory is None else Journal.open(directory / f"{name}.journal")
+    journal: Journal[float] = Journal() if directory is None else Journal.open(directory / f"{name}.journal")
     try:
         found = _made(program, method, seed, gradients, journal, progress)
     finally:
@@ -195,7 +209,7 @@ def _made(
     method: Method,
     seed: int,
     gradients: Gradients | None,
-    journal: Journal,
+    journal: Journal[float],
     progress: Progress,
 ) -> Sensitivities:
     """Estimated, and checked on one sequence."""

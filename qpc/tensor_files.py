@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpc.errors import CheckpointError
+from qpc.plain_files import parse_json, read_json, require_regular
 
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,7 +156,7 @@ def files(directory: str | os.PathLike[str]) -> dict[Path, set[str]]:
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor. Raises `CheckpointError` if that is not what the index says."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is damaged") from error
     found = index.get("weight_map") if isinstance(index, dict) else None
@@ -177,12 +178,13 @@ def headers(directory: str | os.PathLike[str]) -> dict[str, Stored]:
 def header(path: Path) -> dict[str, Stored]:
     """The tensors of one file. Raises `CheckpointError` if it is missing, cut short or damaged."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             if length + 8 > size:
                 raise ValueError(f"its header should have {length} bytes")
-            entries = json.loads(file.read(length))
+            entries = parse_json(file.read(length))
         found = {name: _stored(path, 8 + length, entry) for name, entry in entries.items() if name != "__metadata__"}
         end = max((each.stop for each in found.values()), default=8 + length)
         if end != size:
@@ -206,6 +208,7 @@ def read(directory: str | os.PathLike[str], device: torch.device | str = "cpu") 
 
 def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
+        require_regular(path)
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:

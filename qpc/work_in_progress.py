@@ -14,6 +14,7 @@ from typing import Any
 
 from qpc.errors import CheckpointError
 from qpc.output_directory import check_target, clear_retired, publish
+from qpc.plain_files import parse_json
 
 FORMAT = 1
 """Version of the journal."""
@@ -84,7 +85,7 @@ class WorkInProgress:
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._file, len(whole))
         try:
-            self.entries = [dict(json.loads(line)) for line in whole.splitlines()]
+            self.entries = [dict(parse_json(line)) for line in whole.splitlines()]
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{self.journal} is damaged: {error}; remove {self.anew} to begin anew") from error
         if not self.entries:

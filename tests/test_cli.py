@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qpc
+from qpc import terminal
 from qpc.__main__ import main
 from qpc.terminal import ProgressBars
 from tests.latency.tables import file, of_palette
@@ -35,8 +36,9 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run one command in this process."""
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run one command in this process. However slow the machine is, it writes no line of progress."""
+    monkeypatch.setattr(terminal, "LINE_INTERVAL_S", math.inf)
 
     def call(*arguments: str | Path) -> Outcome:
         capfd.readouterr()

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from qpc.errors import EvaluationError, ModelError
 from qpc.evaluate import CHUNK, evaluate
+from qpc.journal import Journal
 
 VOCABULARY = 11
 
@@ -70,6 +72,46 @@ def test_progress_counts_the_windows() -> None:
     seen: list[tuple[str, int, int]] = []
     evaluate(Bigram(0), None, text(50), 20, lambda *event: seen.append(event))
     assert seen == [("evaluate", done, 3) for done in range(4)]
+
+
+class Counting(Bigram):
+    """Counts the windows that it reads."""
+
+    read = 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.read += 1
+        return super().forward(tokens)
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    model, reference, tokens = Counting(1), Bigram(2), text(50)
+
+    def interrupt(task: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, reference, tokens, 10, interrupt, Journal.open(tmp_path / "done"))
+    assert model.read == 3
+    whole = evaluate(model, reference, tokens, 10, journal=Journal.open(tmp_path / "done"))
+    assert model.read == 5
+    assert whole == evaluate(Bigram(1), reference, tokens, 10)
+
+
+def test_what_is_kept_is_of_these_models_and_this_text(tmp_path: Path) -> None:
+    model, tokens, journal = Bigram(1), text(50), Journal.open(tmp_path / "done")
+    evaluate(model, Bigram(2), tokens, 10, journal=journal)
+    for other, reference, read in (
+        (Bigram(3), Bigram(2), tokens),
+        (model, None, tokens),
+        (model, Bigram(3), tokens),
+        (model, Bigram(2), tokens.flip(0)),
+    ):
+        assert evaluate(other, reference, read, 10, journal=journal) == evaluate(other, reference, read, 10)
+    with torch.no_grad():
+        model.table.mul_(0.5)
+    assert evaluate(model, Bigram(2), tokens, 10, journal=journal) == evaluate(model, Bigram(2), tokens, 10)
 
 
 @pytest.mark.parametrize(("tokens", "window"), [(text(1), 8), (text(8)[None], 8), (text(8), 1), (text(0), 8)])

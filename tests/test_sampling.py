@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qpc.errors import ModelError, SettingsError
 from qpc.integrations.transformers import load_pretrained
-from qpc.sampling import TOGETHER, Start, cannot_sample, chat_opening, drawn, sample
+from qpc.sampling import TOGETHER, Start, cache_name, cannot_sample, chat_opening, drawn, sample
 from tests.families import FAMILIES, PLAIN, VOCABULARY, model
 
 
@@ -108,6 +108,23 @@ def test_logits_that_are_not_finite() -> None:
         network.get_parameter("lm_head.weight").fill_(torch.nan)
     with pytest.raises(ModelError, match="not finite"):
         sample(network, 1, 3, seed=0)
+
+
+def test_the_cache_has_one_of_two_names() -> None:
+    class Renamed(nn.Module):
+        """The same model with the name that transformers 5.24 gave to its cache."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model("llama")
+            self.config = self.inner.config
+
+        def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+            output = self.inner(input_ids, use_cache=use_cache, **{cache_name(self.inner): cache})
+            return type("Output", (), {"logits": output.logits, "cache": getattr(output, cache_name(self.inner))})
+
+    assert cannot_sample(Renamed()) is None
+    assert torch.equal(sample(Renamed(), 3, 9, seed=0), sample(model("llama"), 3, 9, seed=0))
 
 
 def test_a_model_without_cache() -> None:

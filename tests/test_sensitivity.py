@@ -15,8 +15,9 @@ from qpc.errors import ModelError
 from qpc.ir.annotation import annotation
 from qpc.ir.program import Program
 from qpc.ir.random_inputs import random_inputs
+from qpc.journal import Journal
 from qpc.passes.canonicalize import Canonicalize
-from qpc.sensitivity import Journal, Loss, Method, Sensitivities, by_gradient, check_finite, checked, estimate, perturbed
+from qpc.sensitivity import Loss, Method, Sensitivities, by_gradient, check_finite, checked, estimate, perturbed
 from qpc.sensitivity.gradient import Backward
 from tests.families import FAMILIES, VOCABULARY
 

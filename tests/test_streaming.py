@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qpc
-from qpc import stream_command
 from qpc.__main__ import main
+from qpc.cli import stream as stream_command
 from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.integrations.streamed import Stream, identity
 from qpc.integrations.transformers import load_pretrained

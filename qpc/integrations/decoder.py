@@ -16,7 +16,7 @@ from qpc.errors import ModelError, SettingsError
 from qpc.integrations.attention import decode_attention
 from qpc.integrations.static_cache import FixedCache
 from qpc.kernels.attention_ops import supports_attention
-from qpc.sampling import cannot_sample
+from qpc.sampling import cache_name, cannot_sample
 
 WARM_UPS = 2
 """Steps before a step is captured: the first compiles kernels and makes workspaces, the second finds them."""
@@ -163,7 +163,9 @@ class Decoder:
             layer.reset()
         self.position.zero_()
         off = float((ours - theirs).norm() / theirs.norm())
-        most = MOST_OFF if self.cache.fixed[0].dtype == torch.float32 else MOST_OFF_ROUNDED
+        keys = self.cache.fixed[0].keys
+        assert keys is not None, "the steps have written to the cache"
+        most = MOST_OFF if keys.dtype == torch.float32 else MOST_OFF_ROUNDED
         return None if off <= most else f"it gives other logits than the attention of the model, by {off:.1%}"
 
     @contextmanager
@@ -190,7 +192,7 @@ class Decoder:
         """Of the last position, [batch, vocabulary], writing keys and values to the cache."""
         optional = {"position_ids": positions, "attention_mask": mask, "logits_to_keep": 1}
         taken = {name: value for name, value in optional.items() if name in self._takes}
-        output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **taken)
+        output = self.model(input_ids=tokens, use_cache=True, **{cache_name(self.model): self.cache}, **taken)
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from qpc.errors import CheckpointError, ModelError, SettingsError
+from qpc.errors import ModelError, SettingsError
 from qpc.integrations.hf_config import QPaletteConfig
-from qpc.integrations.transformers import METHOD
+from qpc.integrations.transformers import METHOD, fetched_home
 
 register_quantization_config(METHOD)(QPaletteConfig)
 
@@ -116,20 +116,13 @@ def home(model: Any, checkpoint_files: list[str] | None) -> Path:
 
     Raises `CheckpointError` if there is no manifest.
     """
-    from transformers.utils.hub import cached_file
-
     from qpc.checkpoint import MANIFEST
 
     name = model.config.name_or_path
     beside = Path(checkpoint_files[0]).parent if checkpoint_files else Path(name)
     if beside.is_dir() and ((beside / MANIFEST).is_file() or Path(name).is_dir()):
         return beside
-    try:
-        found = cached_file(name, MANIFEST, revision=getattr(model.config, "_commit_hash", None))
-    except OSError as error:
-        raise CheckpointError(f"{name} has no {MANIFEST}: {error}") from error
-    assert found is not None, "a missing file raises"
-    return Path(found).parent
+    return fetched_home(name, getattr(model.config, "_commit_hash", None))
 
 
 def forget_packed_ties(model: Any) -> None:

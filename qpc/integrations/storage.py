@@ -14,6 +14,7 @@ from qpc.compiler import report_of
 from qpc.integrations import transformers as hf
 from qpc.integrations.compilation import adopted
 from qpc.integrations.model_card import CARD, model_card
+from qpc.integrations.tensorrt import Runtime, attach
 from qpc.output_directory import replacing
 from qpc.tensor_files import SHARD_BYTES
 
@@ -72,13 +73,22 @@ def write_configuration(model: Any, directory: Path) -> None:
 
 
 def load(
-    directory: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu", verify: bool = False
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    runtime: Runtime | str = Runtime.PYTORCH,
+    verify: bool = False,
 ) -> nn.Module:
     """Read a compiled model.
 
-    model: for modules that are not of transformers, a fresh one of the same class; its linears are replaced in place. verify: check every
-    tensor by its checksum, as `qpc.verify` does; takes about as long again as reading.
-    Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model.
+    model: for modules that are not of transformers, a fresh one of the same class; its linears are replaced in place.
+    runtime: what runs the operators that are not of qpc: "pytorch", or "tensorrt", which needs torch_tensorrt and a GPU.
+    verify: check every tensor by its checksum, as `qpc.verify` does; takes about as long again as reading.
+    Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model; `SettingsError` if the
+    runtime is unknown or cannot be had.
     """
+    chosen = Runtime.parse(runtime)
     checkpoint.read_manifest(directory)
-    return adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device, verify=verify))
+    result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device, verify=verify))
+    return attach(result) if chosen is Runtime.TENSORRT else result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpc.errors import ModelError
+from qpc.errors import CheckpointError, ModelError
 
 METHOD = "qpalette"
 """The name under which transformers knows models that qpc compiled."""
@@ -214,6 +214,20 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def fetched_home(name: str, revision: str | None) -> Path:
+    """Where transformers keeps the manifest of a compiled model on a hub, fetched if need be. Raises `CheckpointError` if there is none."""
+    from transformers.utils.hub import cached_file
+
+    from qpc.checkpoint import MANIFEST
+
+    try:
+        found = cached_file(name, MANIFEST, revision=revision)
+    except OSError as error:
+        raise CheckpointError(f"{name} has no {MANIFEST}: {error}") from error
+    assert found is not None, "a missing file raises"
+    return Path(found).parent
 
 
 def base_model(model: Any) -> str | None:

@@ -34,6 +34,8 @@ class LinearSite:
     name: qualified name of the module that owns the weight ("model.layers.0.self_attn.q_proj").
     weight, bias: qualified names of the parameters.
     transposed: the parameter is stored [in_features, out_features] (GPT-2's Conv1D).
+    experts: the parameter is a stack of so many matrices, [experts, out_features, in_features] (or each transposed), and `shape` is that
+    of all of them below each other; None: it is one matrix.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LinearSite:
     shape: LinearShape
     bias: str | None = None
     transposed: bool = False
+    experts: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The verifier: what holds of a program at each stage. A breach is a defect of a pass, so it names the node."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx, nn
 
 from qpc.errors import VerifierError
 from qpc.ir.annotation import FusionGroup, LinearSite, annotation, fake_value
-from qpc.ir.linear import LINEAR, stored_weight
+from qpc.ir.linear import LINEAR, WEIGHT_RANKS, stored_weight
 from qpc.ir.program import Program, named_tensors
 from qpc.ir.stage import Stage
 from qpc.ir.values import representatives
@@ -38,7 +40,7 @@ def verify(program: Program) -> None:
     _tables(program)
     if stage >= Stage.LOWERED:
         for node, site in sites:
-            _require(program, annotation(node).quantizer is None or node.target is not LINEAR, node, f"{site.name} is not lowered")
+            _require(program, annotation(node).quantizer is None or node.target not in WEIGHT_RANKS, node, f"{site.name} is not lowered")
 
 
 def _require(program: Program, holds: bool, subject: fx.Node | str, breach: str) -> None:
@@ -75,7 +77,7 @@ def _placeholders(program: Program) -> None:
 
 
 def _canonical(program: Program, sites: list[Site]) -> None:
-    """Each site is one `aten.linear` on the parameter that it names."""
+    """Each site is one `aten.linear`, or `qpc::expert_linear`, on the parameter that it names."""
     for node in program.graph.nodes:
         module = program.graph_module.get_submodule(node.target) if node.op == "call_module" else None
         other = isinstance(module, nn.Linear) or node.target in (torch.nn.functional.linear, torch._C._nn.linear)
@@ -83,22 +85,25 @@ def _canonical(program: Program, sites: list[Site]) -> None:
     by_name: dict[str, LinearSite] = {}
     for node, site in sites:
         same = by_name.setdefault(site.name, site)
-        agrees = (same.weight, same.shape, same.transposed) == (site.weight, site.shape, site.transposed)
+        agrees = replace(same, bias=None) == replace(site, bias=None)
         _require(program, agrees, node, f"{site} and {same} have one name but differ")
         _require(program, site.name not in program.excluded, node, f"{site.name} is excluded ({program.excluded.get(site.name)})")
-        if node.target is not LINEAR:
+        if node.target not in WEIGHT_RANKS:
             _require(program, program.stage >= Stage.LOWERED, node, f"carries the site {site.name}, but is {node.target}, not aten.linear")
             continue
-        weight, transposed = stored_weight(program, node.args[1])
+        weight, transposed = stored_weight(program, node.args[1], WEIGHT_RANKS[node.target])
         _require(program, weight is not None, node, f"the weight of {site.name} is no parameter")
         assert weight is not None
         read = program.tensors[weight.name]
         _require(program, read == site.weight, node, f"reads {read!r}, but its site says {site.weight!r}")
         _require(program, transposed == site.transposed, node, f"transposed is {site.transposed}, but the graph says {transposed}")
-        rows, columns = program.tensor(site.weight).shape[:: -1 if transposed else 1]
+        live = program.tensor(site.weight).mT if transposed else program.tensor(site.weight)
+        rows, columns = live.shape[:-1].numel(), live.shape[-1]
         shape = (site.shape.out_features, site.shape.in_features)
         _require(program, shape == (rows, columns), node, f"site shape {site.shape}, but {site.weight!r} is {rows}x{columns}")
-        bias = node.args[2] if len(node.args) > 2 else None
+        stack = len(live) if node.target is not LINEAR else None
+        _require(program, site.experts == stack, node, f"the site has {site.experts} experts, but {site.weight!r} {stack}")
+        bias = node.args[2] if node.target is LINEAR and len(node.args) > 2 else None
         name = program.tensors.get(bias.name) if isinstance(bias, fx.Node) else None
         replaced = program.stage >= Stage.LOWERED and site.bias in program.tuned
         _require(program, replaced or name == site.bias, node, f"adds {name!r}, but its site says {site.bias!r}")
@@ -115,7 +120,7 @@ def _grouped(program: Program, sites: list[Site]) -> None:
             raise VerifierError(f"stage {program.stage.name}, node {node.name!r}: {site.name} has no group")
         found.setdefault(group, {})[site.name] = site
         _require(program, site.name in group.members, node, f"{site.name} is not among the members {group.members} of its group")
-        if node.target is LINEAR:
+        if node.target in WEIGHT_RANKS:
             source = nodes.get(group.input)
             _require(program, source is not None, node, f"the group reads {group.input!r}, which is not in the graph")
             reads = same[node.all_input_nodes[0]]
@@ -146,7 +151,7 @@ def _quantized(program: Program, sites: list[Site]) -> None:
     for node, site in sites:
         found = annotation(node)
         if found.quantizer is not None:
-            quantized |= {site.name} if node.target is LINEAR or found.group is None else set(found.group.members)
+            quantized |= {site.name} if node.target in WEIGHT_RANKS or found.group is None else set(found.group.members)
     for name in program.packed:
         _require(program, name in quantized, name, "has a packed weight, but no quantizer")
     rotations: dict[FusionGroup, PackedWeight] = {}

@@ -43,15 +43,15 @@ class Walk:
             self._step(self._nodes[self._position], self._values, weights)
             self._position += 1
 
-    def input_of(self, node: fx.Node, weights: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> Any:
-        """The value of the first argument of `node`, to which the walk advances."""
+    def input_of(self, node: fx.Node, weights: Mapping[fx.Node, Tensor] = MappingProxyType({}), argument: int = 0) -> Any:
+        """The value of an argument of `node`, to which the walk advances; by default of the first."""
         self.advance(node, weights)
         values = self._values
         if self._stays:
             values = dict(values)
             for before in self._nodes[: self._nodes.index(node)]:
                 self._step(before, values, weights)
-        return fx.node.map_arg(node.args[0], values.__getitem__)
+        return fx.node.map_arg(node.args[argument], values.__getitem__)
 
     def live(self) -> list[Tensor]:
         """The tensors that the walk has computed and still needs."""

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from qpc.kernels import reference
+from qpc.quant.experts import multiply_by_expert
 from qpc.quant.hadamard import hadamard_transform
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import unpack_signs
@@ -73,6 +74,14 @@ def linear(
     """`x @ w.T + bias` with the kept copy of the decoded weight. x: [..., in_features]; returns [..., out_features]."""
     weight = _decoded(codes, scales, quantizers, out_features, x.shape[-1], x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
+
+
+def expert_linear(
+    x: Tensor, codes: list[Tensor], scales: Tensor, expert: Tensor, quantizers: list[UniformQuantizer], out_features: int, experts: int
+) -> Tensor:
+    """Each row of `x` by the matrix of its expert, with the kept copy of the whole decoded stack. Returns [rows, out_features]."""
+    weight = _decoded(codes, scales, quantizers, experts * out_features, x.shape[-1], x.dtype)
+    return multiply_by_expert(x, weight.view(experts, out_features, -1), expert)
 
 
 def cache_bytes() -> int:

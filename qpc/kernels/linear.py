@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from qpc.kernels import expert_ops as _experts  # noqa: F401 - importing it registers torch.ops.qpc
 from qpc.kernels import fused
-from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels import operand_ops as _operands  # noqa: F401
 from qpc.kernels.launch import MAX_BATCH
 from qpc.kernels.ops import trellis_parts
 from qpc.kernels.packed_module import PackedModule
@@ -46,8 +47,10 @@ class QuantizedLinear(PackedModule):
     While a graph is traced, a symbolic number of rows is left as it is; `qpc::trellis_linear` packs its operand by itself if they are few
     when it runs.
 
-    group: the linears that its rows are stacked with, if there are any (`join`).
+    group: the linears that its rows are stacked with, if there are any (`join`). weight: none; models ask for the dtype of one if there is.
     """
+
+    weight = None
 
     def __init__(self, out_features: int, in_features: int, quantizer: Quantizer, block: int, bias: nn.Parameter | None = None) -> None:
         """An empty one, on the meta device."""

@@ -8,7 +8,7 @@ import torch
 from qpc.errors import ProfileError
 from qpc.latency.model import LatencyModel
 from qpc.latency.profile import Profile
-from qpc.latency.roofline import H100, Roofline
+from qpc.latency.roofline import H100, H200, Roofline
 
 SHIPPED = Path(__file__).parent / "profiles"
 """Tables of `python -m benchmarks profile`, as NAME.json."""
@@ -37,7 +37,7 @@ class Gpu:
         return Profile.load(self.table) if self.table.is_file() else self.roofline
 
 
-GPUS = (Gpu("h100", ("NVIDIA H100 80GB HBM3",), H100),)
+GPUS = (Gpu("h100", ("NVIDIA H100 80GB HBM3",), H100), Gpu("h200", ("NVIDIA H200",), H200))
 
 
 def latency_of(gpu: LatencyModel | Path | str | None) -> LatencyModel:

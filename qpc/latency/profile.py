@@ -12,6 +12,8 @@ from qpc.errors import ProfileError
 from qpc.ir.annotation import LinearShape
 from qpc.latency.lattice import Lattice, Point
 from qpc.latency.model import Latency, LatencyModel
+from qpc.plain_files import read_json
+from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.quantizer import Quantizer
 
 FORMAT = 1
@@ -68,7 +70,7 @@ class Profile(LatencyModel):
                     table = transforms.setdefault(fields.text("transform"), {})
                     point: Point = (fields.count("batch"), fields.count("features"))
                 else:
-                    table = multiplications.setdefault(fields.text("family"), {})
+                    table = multiplications.setdefault(_line(fields.text("family"), fields.values.get("mixture") is True), {})
                     point = (fields.count("batch"), fields.number("rate"), fields.count("out_features"), fields.count("in_features"))
                 if point in table:
                     raise ProfileError(f"{fields.where} measures again what another row did: {json.dumps(row)}")
@@ -94,6 +96,8 @@ class Profile(LatencyModel):
         """Interpolated. Raises `ProfileError` for a family or a batch outside the table."""
         family, rate = (BFLOAT16, Fraction(16)) if quantizer is None else (quantizer.family, quantizer.rate)
         tables = dict(self.multiplications)
+        if isinstance(quantizer, MixedRateQuantizer) and _line(family, True) in tables:
+            family = _line(family, True)
         if family not in tables:
             raise ProfileError(f"the profile of {self.gpu} has no times of family {family!r}; it has {', '.join(tables)}")
         self._check_batch(tables[family], batch)
@@ -163,6 +167,11 @@ class _Fields:
         return self.values[name]
 
 
+def _line(family: str, mixture: bool) -> str:
+    """What is measured apart: two rates in one weight take longer than either, so times would not be monotone in the rate."""
+    return f"{family} mixture" if mixture else family
+
+
 def _head(name: str, content: Any) -> Any:
     fields = _Fields(name, content)
     if (version := fields.values.get("format")) != FORMAT:
@@ -174,6 +183,6 @@ def _head(name: str, content: Any) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path} cannot be read as a latency profile: {error}") from error

@@ -61,3 +61,6 @@ def _ps(amount: int, per_s: int) -> int:
 H100 = Roofline("NVIDIA H100 80GB", read_bytes_per_s=3_086_000_000_000, launch_ps=1_000_000, decoded_per_s=4_800_000_000_000)
 """The default. Bandwidth: a sum over 1 GiB. Launch: an empty kernel in a CUDA graph. Decoding: what the first Triton kernel reached on the
 four linears of a layer of Llama 3.1 8B at 3 bit and batch 1, 218 M weights in 49.2 us of which 4 us are launches."""
+
+H200 = Roofline("NVIDIA H200", read_bytes_per_s=4_312_000_000_000, launch_ps=953_000, decoded_per_s=4_800_000_000_000)
+"""Measured in the same way; the same processor decodes."""

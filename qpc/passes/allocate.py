@@ -237,6 +237,8 @@ class Allocate(Pass):
             stored = [weights[parameter] for parameter in dict.fromkeys(parameters[name] for name in names)]
             for reason in timing.latency(stored, found.choices[names[0]]).estimates:
                 reasons.setdefault(reason, []).append(", ".join(names))
+        for site in dict.fromkeys(place.site for place in places if place.site.experts is not None):
+            reasons.setdefault("of a stack all experts count, though a step reads only those that are chosen", []).append(site.name)
         subjects = {reason: first if not more else f"{first} and {len(more)} more" for reason, (first, *more) in reasons.items()}
         return [self.declined(subject, f"its time is an estimate: {reason}") for reason, subject in subjects.items()]
 

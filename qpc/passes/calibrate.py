@@ -12,13 +12,16 @@ from qpc.passes.base import Pass, PassResult
 from qpc.passes.feedbacks import Feedbacks, Job, Known
 from qpc.progress import Progress, silent, track
 
+ALIKE = "all rows that an expert reads count alike: gradients do not say which of them matter"
+
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
     """Takes the second moment of what each linear reads, in the original model, and factors it as the rounding will.
 
     The share of white rounding errors that is left depends on the moment alone, not on the quantizer. It is judged by held-out samples
-    where there are any, for on its own samples feedback looks better than it is.
+    where there are any, for on its own samples feedback looks better than it is. Each expert of a stack has a moment of its own, filled up
+    from that of all (`filled_up`) where it read few inputs.
 
     samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
     already what is expected of all weights, nothing is measured.
@@ -45,7 +48,10 @@ class Calibrate(Pass):
         for job in jobs:
             for node in job.sites:
                 annotate(node, annotation(node).but(share=self.known.expected[job.key].share))
-        return PassResult(tuple(site_of(node).name for node in nodes))
+        stacks = list(dict.fromkeys(site.name for node in nodes if (site := site_of(node)).experts is not None))
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+        remarks = (self.declined(f"{stacks[0]}{more}", ALIKE),) if stacks and self.samples.importance is not None else ()
+        return PassResult(tuple(site_of(node).name for node in nodes), remarks)
 
     def _made(self, feedbacks: Feedbacks) -> Iterator[Job]:
         """The weights with their feedback."""

@@ -1,5 +1,7 @@
-"""Canonicalize: every linear becomes one `aten.linear` call that knows its `LinearSite`."""
+"""Canonicalize: every linear becomes one `aten.linear`, or one `qpc::expert_linear`, that knows its `LinearSite`."""
 
+import math
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,15 +9,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from qpc.ir.annotation import Annotation, LinearShape, LinearSite, annotate, fake_value
-from qpc.ir.linear import LINEAR, readers, stored_weight
+from qpc.ir.linear import LINEAR, WEIGHT_RANKS, readers, stored_weight
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
+from qpc.passes.expert_forms import routers
 from qpc.passes.linear_forms import rewrite_linears
+from qpc.quant.experts import EXPERT_LINEAR
+from qpc.quant.layout import BLOCK_ROWS
 
 aten = torch.ops.aten
 
+ROUTER = "it decides which experts run"
+
 _TABLES = {aten.embedding.default, torch.nn.functional.embedding}
+_LOOKUPS = {aten.index.Tensor, operator.getitem}
+"""How models look up a vector for each row, such as the bias of its expert."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,9 @@ class Canonicalize(Pass):
     A linear is named after the module that owns its weight. Its weight must be a parameter that only linears read, and all in one
     orientation; other linears keep their place in the graph and get a remark. A weight of [in_features, out_features] is transposed
     in the graph, and `LinearSite.transposed` says so.
+
+    A stack of experts becomes one site, if each has whole blocks of rows. The linear that decides which experts run stays as it is: it has
+    few weights, and an error of it may pick another expert, which no loss that is linear in errors foresees.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -42,25 +54,31 @@ class Canonicalize(Pass):
     def _annotate(self, program: Program) -> tuple[list[str], list[Remark]]:
         changed: list[str] = []
         remarks: list[Remark] = []
-        for node in program.graph.find_nodes(op="call_function", target=LINEAR):
-            bias = node.args[2] if len(node.args) > 2 else None
-            weight, transposed = stored_weight(program, node.args[1])
+        routing = routers(program.graph)
+        for node in [node for node in program.graph.nodes if node.target in WEIGHT_RANKS]:
+            bias = node.args[2] if node.target is LINEAR and len(node.args) > 2 else None
+            weight, transposed = stored_weight(program, node.args[1], WEIGHT_RANKS[node.target])
             if weight is None:
                 remarks.append(self.declined(node.name, "its weight is computed, not a parameter"))
                 continue
             name = _site_name(program, node, program.tensors[weight.name])
-            reason = program.excluded.get(name) or _refusal(program, weight, transposed)
+            if node in routing:
+                program.excluded[name] = ROUTER
+            reason = program.excluded.get(name) or _refusal(program, node, weight, transposed)
             if reason:
                 remarks.append(self.declined(name, reason))
                 continue
             stored = program.tensors[weight.name]
-            rows, columns = program.tensor(stored).shape
+            *stack, rows, columns = program.tensor(stored).shape
+            if transposed:
+                rows, columns = columns, rows
             site = LinearSite(
                 name=name,
                 weight=stored,
-                shape=LinearShape(columns, rows) if transposed else LinearShape(rows, columns),
+                shape=LinearShape(math.prod(stack) * rows, columns),
                 bias=program.tensors.get(bias.name) if isinstance(bias, fx.Node) else None,
                 transposed=transposed,
+                experts=stack[0] if stack else None,
             )
             annotate(node, Annotation(site=site))
             changed.append(name)
@@ -73,26 +91,30 @@ class Canonicalize(Pass):
             value = fake_value(node)
             if node.name in program.tensors and isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point():
                 targets = {user.target for user, _ in readers(node)}
-                if LINEAR in targets:
+                if not targets.isdisjoint(WEIGHT_RANKS):
                     continue
-                others = sorted(str(target) for target in targets - _TABLES)
+                tables = _TABLES if value.ndim > 2 else _TABLES | _LOOKUPS
+                others = sorted(str(target) for target in targets - tables)
                 if others:
                     remarks.append(self.declined(program.tensors[node.name], f"read by {', '.join(others)}, which is no linear"))
         return remarks
 
 
-def _refusal(program: Program, matrix: fx.Node, transposed: bool) -> str | None:
-    """Why the weight of a linear must stay as it is."""
+def _refusal(program: Program, node: fx.Node, matrix: fx.Node, transposed: bool) -> str | None:
+    """Why the weight of a linear must stay as it is. matrix: the placeholder of the weight."""
     value = program.tensor(program.tensors[matrix.name])
     if not isinstance(value, nn.Parameter):
         return "its weight is a buffer, not a parameter"
     if not value.is_floating_point():
         return f"its weight is {value.dtype}, not a floating-point matrix"
     for user, view in readers(matrix):
-        if user.target is not LINEAR or [i for i, arg in enumerate(user.args) if arg is view] != [1]:
+        if user.target is not node.target or [i for i, arg in enumerate(user.args) if arg is view] != [1]:
             return f"its weight is also read by {user.target}"
         if (view is not matrix) != transposed:
             return "its weight is also used transposed"
+    rows = value.shape[-1 if transposed else -2]
+    if node.target is EXPERT_LINEAR and rows % BLOCK_ROWS:
+        return f"out_features={rows} of each expert must be divisible by {BLOCK_ROWS}"
     return None
 
 

@@ -9,11 +9,14 @@ from torch import fx
 
 from qpc.calibration import Samples
 from qpc.ir.annotation import annotation, site_of
+from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.values import representatives
 from qpc.moments import MomentStream
-from qpc.quant.feedback import Feedback
+from qpc.plain_files import parse_json
+from qpc.quant.feedback import Feedback, StackFeedback
 from qpc.quant.hadamard import block_within
+from qpc.quant.moment import filled_up
 from qpc.quant.rotation import Rotation, seeded_generator
 
 KEPT_BYTES = 4 << 30
@@ -27,7 +30,7 @@ class Job:
     key: "Key"
     sites: tuple[fx.Node, ...]
     rotation: Rotation | None
-    feedback: Feedback | None
+    feedback: Feedback | StackFeedback | None
 
 
 Key = tuple[str, str]
@@ -47,16 +50,16 @@ class Known:
     """What was found of feedback before: of all of it what is expected, and as much of it as memory allows."""
 
     expected: dict[Key, Expected] = field(default_factory=dict)
-    _kept: dict[Key, Feedback] = field(default_factory=dict)
+    _kept: dict[Key, Feedback | StackFeedback] = field(default_factory=dict)
 
-    def keep(self, key: Key, feedback: Feedback) -> None:
+    def keep(self, key: Key, feedback: Feedback | StackFeedback) -> None:
         """Remember feedback."""
-        self.expected[key] = Expected(feedback.expected_share, feedback.damping)
+        self.expected[key] = Expected(feedback.share, feedback.damping)
         distinct = {id(each): each.nbytes for each in (*self._kept.values(), feedback)}
         if sum(distinct.values()) <= KEPT_BYTES:
             self._kept[key] = feedback
 
-    def take(self, key: Key) -> Feedback | None:
+    def take(self, key: Key) -> Feedback | StackFeedback | None:
         """The feedback, if it was kept; it is then forgotten."""
         return self._kept.pop(key, None)
 
@@ -71,7 +74,7 @@ class Known:
     @staticmethod
     def from_json(text: str) -> "Known":
         """Inverse of `to_json`. Raises `ValueError` or `TypeError` if the text is not that."""
-        rows = json.loads(text)
+        rows = parse_json(text)
         return Known({(str(weight), str(owner)): Expected(float(share), float(damping)) for weight, owner, share, damping in rows})
 
 
@@ -84,7 +87,8 @@ class Feedbacks:
     are.
 
     samples: inputs on which the moments are taken; None: no feedback. Where they know the importance of positions, each weight has a moment
-    and feedback of its own, else all that read one value share them. known: where feedback is taken from.
+    and feedback of its own, else all that read one value share them. Each expert of a stack has its own. known: where feedback is taken
+    from.
     """
 
     program: Program
@@ -125,19 +129,25 @@ class Feedbacks:
                 key = (site_of(sharing[0]).weight, owner)
                 feedback = None
                 if stream is not None and self.samples is not None:
-                    common = jobs and self.samples.importance is None
-                    feedback = jobs[0].feedback if common else self._feedback(stream, sharing, rotation, key)
+                    common = [] if self.samples.importance is not None or site_of(sharing[0]).experts else jobs
+                    known = next((job.feedback for job in common if isinstance(job.feedback, Feedback)), None)
+                    feedback = known or self._feedback(stream, sharing, rotation, key)
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
-    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback:
+    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback | StackFeedback:
         expected = self.known.expected.get(key)
         damping = None if expected is None else expected.damping
         kept = self.known.take(key)
         if kept is not None:
             return kept
+        if site_of(sharing[0]).experts is not None:
+            moments = filled_up(stream.moments_of_experts(sharing))
+            return StackFeedback.of([moment if rotation is None else moment.rotated(rotation) for moment in moments])
         moment = stream.moment(sharing)
-        return Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+        found = Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+        outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
+        return found if outputs is None else found.and_of(outputs, stored_matrix(self.program, site_of(sharing[0])))
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:

@@ -109,6 +109,8 @@ def candidates(group: FusionGroup) -> tuple[FusionGroup, ...]:
 def _obstacle(program: Program, network: "nx.DiGraph[str]", member: fx.Node, node: fx.Node) -> str | None:
     """Why `node` cannot join a group with `member`, which comes before it in the graph."""
     first, second = _site(member), _site(node)
+    if first.experts is not None or second.experts is not None:
+        return "a stack of experts runs by itself"
     if first.weight == second.weight:
         return f"it shares its weight with {first.name}"
     one, other = program.tensor(first.weight), program.tensor(second.weight)

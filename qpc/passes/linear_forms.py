@@ -11,6 +11,7 @@ from qpc.ir.annotation import fake_value
 from qpc.ir.linear import LINEAR, rank, stored_weight
 from qpc.ir.program import Program, named_tensors
 from qpc.ir.values import remove_dead_code
+from qpc.passes.expert_forms import rewrite_experts
 
 aten = torch.ops.aten
 
@@ -22,13 +23,15 @@ _VIEW_METHODS = {"view", "reshape"}
 
 
 def rewrite_linears(program: Program) -> None:
-    """Rewrite calls of `nn.Linear`, and every product of an activation with a stored matrix, to `aten.linear`.
+    """Rewrite calls of `nn.Linear`, and every product of an activation with a stored matrix, to `aten.linear`; with a stack, see
+    `rewrite_experts`.
 
     `view, addmm, view` over a wider value becomes one linear on that value.
     """
     _inline_linear_modules(program)
     for node in list(program.graph.nodes):
         _to_linear(program, node)
+    rewrite_experts(program)
     remove_dead_code(program.graph)
 
 

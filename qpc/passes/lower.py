@@ -13,10 +13,12 @@ from torch import Tensor, fx
 from qpc.ir.annotation import KEY, FusionGroup, LinearSite, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
+from qpc.kernels.experts import expert_operator
 from qpc.kernels.linear import operator
 from qpc.kernels.row_group import stack_rows
 from qpc.passes.base import Pass, PassResult
 from qpc.quant.layout import BLOCK_ROWS
+from qpc.quant.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Lower(Pass):
                 groups.setdefault(found.group, []).append(node)
         rotations: dict[tuple[fx.Node, int], fx.Node] = {}
         for group, nodes in groups.items():
-            _lower_group(program, group, nodes, rotations)
+            if site_of(nodes[0]).experts is None:
+                _lower_group(program, group, nodes, rotations)
+            else:
+                for node in nodes:
+                    _lower_experts(program, node, rotations)
         program.graph.lint()
         program.graph_module.recompile()
         return PassResult(changed=tuple(name for group in groups for name in group.members))
@@ -70,13 +76,7 @@ def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rot
     codes, scales = stack_rows(weights)
     _view_rows(program, group, codes, scales)
     with graph.inserting_before(first):
-        if rotation is not None:
-            key = (x, rotation.signs.data_ptr())
-            if key not in rotations:
-                signs = constant(program, f"{label}_signs", rotation.signs)
-                rotations[key] = graph.call_function(torch.ops.qpc.rotate.default, (x, signs, rotation.block))
-                rotations[key].meta = {k: v for k, v in x.meta.items() if k != KEY}
-            x = rotations[key]
+        x = _rotated(program, x, rotation, label, rotations)
         code_nodes = [constant(program, f"{label}_codes{index}", part) for index, part in enumerate(codes)]
         scale_node = constant(program, f"{label}_scales", scales)
         if len(nodes) == 1:
@@ -96,6 +96,36 @@ def _lower_group(program: Program, group: FusionGroup, nodes: list[fx.Node], rot
         piece.meta = dict(node.meta)
         node.replace_all_uses_with(piece)
         graph.erase_node(node)
+
+
+def _lower_experts(program: Program, node: fx.Node, rotations: dict[tuple[fx.Node, int], fx.Node]) -> None:
+    """node: a site that is a stack."""
+    graph, site = program.graph, site_of(node)
+    packed, (x, _, expert, experts) = program.packed[site.name], node.args
+    assert isinstance(x, fx.Node) and site.experts is not None
+    label = re.sub(r"\W", "_", site.name)
+    with graph.inserting_before(node):
+        x = _rotated(program, x, packed.rotation, label, rotations)
+        codes = [constant(program, f"{label}_codes{index}", part) for index, part in enumerate(packed.codes)]
+        scales = constant(program, f"{label}_scales", packed.scales)
+        target, code = expert_operator(packed.quantizer, packed.in_features)
+        rows = packed.out_features // site.experts
+        y = graph.call_function(target, (x, codes, scales, expert, *code, rows, experts))  # type: ignore[arg-type]
+    y.meta = dict(node.meta)
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+
+
+def _rotated(program: Program, x: fx.Node, rotation: Rotation | None, label: str, rotations: dict[tuple[fx.Node, int], fx.Node]) -> fx.Node:
+    """The value behind a rotation, at the insertion point unless it is there already."""
+    if rotation is None:
+        return x
+    key = (x, rotation.signs.data_ptr())
+    if key not in rotations:
+        signs = constant(program, f"{label}_signs", rotation.signs)
+        rotations[key] = program.graph.call_function(torch.ops.qpc.rotate.default, (x, signs, rotation.block))
+        rotations[key].meta = {k: v for k, v in x.meta.items() if k != KEY}
+    return rotations[key]
 
 
 def _view_rows(program: Program, group: FusionGroup, codes: tuple[Tensor, ...], scales: Tensor) -> None:

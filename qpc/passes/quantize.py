@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
-from qpc.ir.annotation import LinearSite, annotate, annotation, site_of
+from qpc.ir.annotation import annotate, annotation, site_of
+from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.kernels.encoder import encoder_for
@@ -138,7 +139,7 @@ class Quantize(Pass):
         rotated, kurtosis = [], []
         for job in jobs:
             site = site_of(job.sites[0])
-            weight = weight_matrix(program, site) if student is None else student.matrix(site)
+            weight = stored_matrix(program, site).float() if student is None else student.matrix(site)
             kurtosis.append(excess_kurtosis(weight))
             rotated.append(weight if job.rotation is None else job.rotation.apply(weight))
             del weight
@@ -178,12 +179,6 @@ def _weighs(program: Program, waiting: list[Job]) -> int:
     """Bytes that waiting jobs hold, or will while they are packed."""
     held = {id(job.feedback): job.feedback.nbytes for job in waiting if job.feedback is not None}
     return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
-
-
-def weight_matrix(program: Program, site: LinearSite) -> Tensor:
-    """The live weight of a site as float32 [out_features, in_features]."""
-    weight = program.values(site.weight)
-    return (weight.t() if site.transposed else weight).float()
 
 
 def excess_kurtosis(weight: Tensor) -> float:

@@ -22,10 +22,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from qpc.ir.annotation import LinearSite, annotation, site_of
-from qpc.ir.linear import LINEAR
+from qpc.ir.linear import LINEAR, stored_matrix
 from qpc.ir.program import Program
 from qpc.quant.quantizer import PackedWeight
-from qpc.sensitivity.sites import stored_matrix
 
 
 @dataclass(frozen=True)
@@ -196,10 +195,16 @@ def scale_outputs(graph: fx.Graph, weights: Iterable[str]) -> None:
             matrices[name] = graph.placeholder(f"student_matrix_{number}")
             factors[name] = graph.placeholder(f"student_factors_{number}")
     for node in [node for node in graph.nodes if annotation(node).site is not None and site_of(node).weight in matrices]:
-        name, bias = site_of(node).weight, node.args[2] if len(node.args) > 2 else None
+        name, bias = site_of(node).weight, node.args[2] if node.target is LINEAR and len(node.args) > 2 else None
         with graph.inserting_before(node):
-            made = graph.call_function(LINEAR, (node.args[0], matrices[name]))
-            made = graph.call_function(torch.ops.aten.mul.Tensor, (made, factors[name]))
+            factor = factors[name]
+            if node.target is LINEAR:
+                made = graph.call_function(LINEAR, (node.args[0], matrices[name]))
+            else:
+                made = graph.call_function(node.target, (node.args[0], matrices[name], *node.args[2:]))
+                factor = graph.call_function(torch.ops.aten.unflatten.int, (factor, 0, [site_of(node).experts, -1]))
+                factor = graph.call_function(torch.ops.aten.index.Tensor, (factor, [node.args[2]]))
+            made = graph.call_function(torch.ops.aten.mul.Tensor, (made, factor))
             if bias is not None:
                 made = graph.call_function(torch.ops.aten.add.Tensor, (made, bias))
         node.replace_all_uses_with(made)

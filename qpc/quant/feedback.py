@@ -10,16 +10,21 @@ left, weighed by L_jj. (LDLQ: QuIP, arXiv 2307.13304, section 3; in blocks: QuIP
 
 Damping, H + d mean(diag H) I, is chosen by what would be left on samples that H has not seen. For rounding errors that are white, that
 is tr(U^-1 H' U^-T) / tr(H') with U the unit lower triangular matrix of the blocks B and H' the moment of those samples.
+
+Rows can be rounded in the same way, in the metric of the outputs: with G the second moment of the gradients with respect to what the linear
+writes, tr(E H E^T G) is what E costs in the loss, to second order and as far as inputs and gradients are independent. Then an error is
+carried into the columns and into the rows to come (`qpc.quant.rounding`). (Feedback on both sides: YAQA, arXiv 2505.22988.)
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
-from qpc.quant.layout import BLOCK_COLUMNS, column_blocks
+from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.moment import Moment
 
 DEFAULT_DAMPING = 1e-2
@@ -31,19 +36,17 @@ DAMPING_STEP = 10**0.5
 DAMPING_RANGE = (1e-5, 10.0)
 """Where that ends in any case."""
 
-RoundBlock = Callable[[int, Tensor], Tensor]
-"""`round_block(index, target [rows, 16]) -> made [rows, 16]`."""
-
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the error of each block of columns is carried into those before it.
+    """How the error of each block of columns is carried into those before it, and that of each block of rows if `outputs` says how.
 
-    carry: float32 [columns, columns], columns a multiple of 16: B below the diagonal blocks, zero elsewhere.
+    carry: float32 [columns, columns], columns a multiple of the block: B below the diagonal blocks, zero elsewhere.
     moment: float32 [in_features, in_features], before damping.
     judge: the moment by which errors are judged: of held-out samples if there were any, else the same.
     damping: relative to the mean of the moment's diagonal.
     expected_share: the error that is left of white rounding errors, over the error without feedback; on held-out samples if there were any.
+    outputs: the same of rows in blocks of 64, where every row has been divided by its root mean square; None: rows are independent.
     """
 
     carry: Tensor
@@ -51,12 +54,14 @@ class Feedback:
     judge: Tensor
     damping: float
     expected_share: float
+    outputs: "Feedback | None" = None
 
     @staticmethod
-    def of(moment: Moment, damping: float | None = None) -> "Feedback":
+    def of(moment: Moment, damping: float | None = None, block: int = BLOCK_COLUMNS) -> "Feedback":
         """Factor the second moment of a linear's inputs.
 
         moment: in the basis of the weight, of any rank. damping: by default the best for the held-out part of the moment, if it has one.
+        block: columns that are rounded together.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
@@ -68,88 +73,123 @@ class Feedback:
             wide = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
         held_out = None if moment.held_out is None else moment.held_out.matrix.double()
         if held_out is None or not bool(held_out.diagonal().sum() > 0):
-            return _factor(wide, damping or DEFAULT_DAMPING, wide)
+            return _factor(wide, damping or DEFAULT_DAMPING, wide, block)
         if damping is not None:
-            return _factor(wide, damping, held_out)
-        best = _factor(wide, DEFAULT_DAMPING, held_out)
+            return _factor(wide, damping, held_out, block)
+        best = _factor(wide, DEFAULT_DAMPING, held_out, block)
         for step in (DAMPING_STEP, 1 / DAMPING_STEP):
             while DAMPING_RANGE[0] < best.damping * step < DAMPING_RANGE[1]:
-                other = _factor(wide, best.damping * step, held_out)
+                other = _factor(wide, best.damping * step, held_out, block)
                 if other.expected_share >= best.expected_share or (other.damping < best.damping) != (step < 1):
                     break
                 best = other
         return best
 
-    def weighted(self, rows: Tensor) -> Tensor:
-        """`rows` [rows, in_features] times the damped moment: float32."""
-        return torch.addmm(rows, rows, self.moment, beta=self.damping * float(self.moment.diagonal().mean()))
+    def and_of(self, gradients: Moment, weight: Tensor) -> "Feedback":
+        """The same with feedback between rows.
+
+        gradients: the second moment of the gradients with respect to the outputs. weight: [out_features, in_features], which is rounded.
+
+        Raises `QuantizerError` if the moment is not square or not finite.
+        """
+        return replace(self, outputs=Feedback.of(gradients.scaled(row_deviations(weight)), block=BLOCK_ROWS))
+
+    @property
+    def share(self) -> float:
+        """The error that is expected to be left of white rounding errors, by feedback between columns and rows."""
+        return self.expected_share * (1.0 if self.outputs is None else self.outputs.expected_share)
+
+    @property
+    def damped(self) -> Tensor:
+        """The moment that was factored: float32."""
+        found: Tensor = self.moment + torch.diag_embed((self.damping * self.moment.diagonal().mean()).expand(len(self.moment)))
+        return found
 
     def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
-        """tr(E H E^T), E = weight - made, over what rounding without feedback is expected to leave: distortion * |W|^2 * mean diag H.
+        """tr(E H E^T G), E = weight - made, over what rounding without feedback is expected to leave, by the judges H and G.
 
-        H is the judge.
+        Where rows are independent G is the identity. Without feedback a row of E has `distortion` times the square of that of the weight.
 
         weight, made: float32 [out_features, in_features]. distortion: of the quantizer. 1 if there is nothing to lose.
         """
         error = weight - made
-        left = float((error @ self.judge * error).sum(dtype=torch.float64))
-        energy = float(weight.square().sum(dtype=torch.float64)) * float(self.judge.diagonal().mean(dtype=torch.float64))
+        felt, mean = error @ self.judge, float(self.judge.diagonal().mean(dtype=torch.float64))
+        if self.outputs is None:
+            left = float((felt * error).sum(dtype=torch.float64))
+            energy = float(weight.square().sum(dtype=torch.float64)) * mean
+        else:
+            deviations = row_deviations(weight).to(error)
+            error = error / torch.where(deviations > 0, deviations, 1)[:, None]
+            felt = felt / torch.where(deviations > 0, deviations, 1)[:, None]
+            left = float(((self.outputs.judge @ felt) * error).sum(dtype=torch.float64))
+            energy = float(self.outputs.judge.diagonal().sum(dtype=torch.float64)) * weight.shape[1] * mean
         return left / (distortion * energy) if energy > 0 else 1.0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.carry.nbytes + self.moment.nbytes + (self.judge.nbytes if self.judge is not self.moment else 0)
+        own = self.carry.nbytes + self.moment.nbytes + (self.judge.nbytes if self.judge is not self.moment else 0)
+        return own + (0 if self.outputs is None else self.outputs.nbytes)
+
+
+def row_deviations(weight: Tensor) -> Tensor:
+    """The root mean square of each row: float64 [out_features]."""
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    return lengths / math.sqrt(weight.shape[1])
 
 
 @dataclass(frozen=True)
-class RowFeedback:
-    """The feedback of each of several weights whose rows are stacked, so that they are rounded together.
+class StackFeedback:
+    """The feedback of a stack of experts, whose rows lie below each other: one of each, counted by the inputs that it read.
 
-    parts: rows of each, a multiple of 64 but for the last, and its feedback; all of one width.
+    parts: of each expert. counts: inputs that it read.
     """
 
-    parts: tuple[tuple[int, Feedback], ...]
+    parts: tuple[Feedback, ...]
+    counts: tuple[int, ...]
 
-    def of_rows(self, rows: slice) -> "RowFeedback":
-        """The feedback of some of the rows."""
-        kept, start = [], 0
-        for height, feedback in self.parts:
-            overlap = min(start + height, rows.stop) - max(start, rows.start)
-            if overlap > 0:
-                kept.append((overlap, feedback))
-            start += height
-        return RowFeedback(tuple(kept))
+    @staticmethod
+    def of(moments: Sequence[Moment]) -> "StackFeedback":
+        """Factor the moment of each expert, as `Feedback.of` does. Raises as it does."""
+        return StackFeedback(tuple(Feedback.of(moment) for moment in moments), tuple(moment.count for moment in moments))
 
-    def round(self, unit: Tensor, round_block: RoundBlock) -> Tensor:
-        """Round a matrix [rows, columns] block by block from the last to the first, each towards its own values plus the carried error."""
-        made, error = torch.empty_like(unit), torch.zeros_like(unit)
-        for index in reversed(range(unit.shape[1] // BLOCK_COLUMNS)):
-            here, later = slice(index * BLOCK_COLUMNS, (index + 1) * BLOCK_COLUMNS), slice((index + 1) * BLOCK_COLUMNS, None)
-            target = unit[:, here].clone()
-            for rows, feedback in self._stacked(len(unit)):
-                target[rows].addmm_(error[rows, later], feedback.carry[later, here])
-            made[:, here] = round_block(index, target)
-            error[:, here] = unit[:, here] - made[:, here]
-        return made
+    @property
+    def expected_share(self) -> float:
+        """That of all experts together, of rows of one size."""
+        weights = [count * float(part.judge.diagonal().sum()) for part, count in zip(self.parts, self.counts, strict=True)]
+        total = sum(weights)
+        return sum(w * part.expected_share for w, part in zip(weights, self.parts, strict=True)) / total if total > 0 else 1.0
 
-    def weighted(self, matrix: Tensor) -> Tensor:
-        """Each row times the damped moment of its weight: float32 [rows, in_features]."""
-        return torch.cat([feedback.weighted(matrix[rows]) for rows, feedback in self._stacked(len(matrix))])
+    @property
+    def share(self) -> float:
+        """The same: rows of experts are independent."""
+        return self.expected_share
 
-    def _stacked(self, total: int) -> Iterator[tuple[slice, Feedback]]:
-        """The rows of each part; those that pad the matrix go with the last."""
-        start = 0
-        for number, (height, feedback) in enumerate(self.parts, start=1):
-            stop = total if number == len(self.parts) else start + height
-            yield slice(start, stop), feedback
-            start = stop
+    @property
+    def damping(self) -> float:
+        """The mean of those of the experts."""
+        return sum(part.damping for part in self.parts) / len(self.parts)
+
+    def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
+        """As `Feedback.share_left`, of the error of all inputs of all experts."""
+        left = total = 0.0
+        pairs = zip(weight.chunk(len(self.parts)), made.chunk(len(self.parts)), strict=True)
+        for part, count, (before, after) in zip(self.parts, self.counts, pairs, strict=True):
+            expected = distortion * float(before.square().sum(dtype=torch.float64)) * float(part.judge.diagonal().mean(dtype=torch.float64))
+            left += count * expected * part.share_left(before, after, distortion)
+            total += count * expected
+        return left / total if total > 0 else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.nbytes for part in self.parts)
 
 
-def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
+def _factor(moment: Tensor, damping: float, judge: Tensor, block: int) -> Feedback:
     """The feedback at one damping, raised tenfold as long as the damped moment cannot be factored. Float64 inside."""
     features, mean = len(moment), moment.diagonal().mean()
-    columns = column_blocks(features) * BLOCK_COLUMNS
+    columns = -(-features // block) * block
     while True:
         damped = moment + torch.diag_embed((damping * mean).expand(features))
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -159,7 +199,7 @@ def _factor(moment: Tensor, damping: float, judge: Tensor) -> Feedback:
     eye = torch.eye(columns, dtype=torch.float64, device=moment.device)
     padded = eye.clone()
     padded[:features, :features] = lower
-    blocks = torch.arange(columns, device=moment.device) // BLOCK_COLUMNS
+    blocks = torch.arange(columns, device=moment.device) // block
     diagonal = padded * (blocks[:, None] == blocks)
     unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
     inverse = torch.linalg.solve_triangular(unit, eye, upper=False)[:features, :features]

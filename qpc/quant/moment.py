@@ -1,7 +1,9 @@
 """What rounding with error feedback must know of a layer's inputs: their second moment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from qpc.quant.rotation import Rotation
@@ -26,3 +28,30 @@ class Moment:
         full = rotation.apply(half.t())
         held_out = None if self.held_out is None else self.held_out.rotated(rotation)
         return replace(self, matrix=(full + full.t()) / 2, held_out=held_out)
+
+    def scaled(self, sizes: Tensor) -> "Moment":
+        """The moment of the inputs, each feature times its size: sizes [in_features]."""
+        held_out = None if self.held_out is None else self.held_out.scaled(sizes)
+        by = sizes.to(self.matrix)
+        return replace(self, matrix=self.matrix * by[:, None] * by, held_out=held_out)
+
+
+def filled_up(moments: Sequence[Moment]) -> list[Moment]:
+    """The moments of the experts of a stack, each of its own inputs and of as many inputs of all experts as it has features.
+
+    So an expert that read many inputs keeps its own moment, and one that read few gets that of all. The counts stay those of its own
+    inputs. Held-out parts are filled up alike. moments: of one width; those of no inputs are zero.
+    """
+    held_out = [moment.held_out for moment in moments if moment.held_out is not None]
+    assert len(held_out) in (0, len(moments)), "held-out parts of all or of none"
+    total = sum(moment.count for moment in moments)
+    of_all = torch.zeros_like(moments[0].matrix)
+    for moment in moments:
+        of_all += moment.matrix * (moment.count / max(total, 1))
+    judges: Sequence[Moment | None] = filled_up(held_out) if held_out else [None] * len(moments)
+    found = []
+    for moment, judge in zip(moments, judges, strict=True):
+        more = len(moment.matrix)
+        matrix = (moment.matrix * moment.count + of_all * more) / (moment.count + more)
+        found.append(Moment(matrix, moment.count, judge))
+    return found

@@ -4,7 +4,6 @@ A quantizer works on a *rotated* weight, whose rows are close to Gaussian. Weigh
 on its own.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
-from qpc.quant.feedback import RowFeedback
+from qpc.quant.feedback import row_deviations
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS, column_blocks, row_blocks
 from qpc.quant.rotation import Rotation
+from qpc.quant.rounding import RowFeedback
 
 SLAB_WEIGHTS = 1 << 23
 """Weights that are quantized or decoded at a time on a CPU."""
@@ -106,7 +106,7 @@ class Quantizer(ABC):
 
         weight: [out_features, in_features], any float dtype; finite. Rows of zeros are allowed.
         encoder: searches the trellis; by default the compiled CPU encoder.
-        feedback: carries the error of each block of columns into those that are still to be rounded; None rounds all on their own.
+        feedback: carries the error of each block into those that are still to be rounded; None rounds all on their own.
 
         Raises `QuantizerError` for a weight that is empty, not finite, or too large for a bfloat16 scale.
         """
@@ -116,7 +116,7 @@ class Quantizer(ABC):
             raise QuantizerError("a weight must be finite, got NaN or infinity")
         out_features, in_features = weight.shape
         made = []
-        for rows in _slabs(out_features, in_features, weight.device):
+        for rows in _slabs(out_features, in_features, weight.device, feedback):
             made.append(self._quantize_rows(weight[rows], encoder, None if feedback is None else feedback.of_rows(rows)))
         codes = tuple(torch.cat(part) for part in zip(*(codes for codes, _ in made), strict=True))
         return PackedWeight(out_features, in_features, self, codes, torch.cat([scales for _, scales in made]))
@@ -136,15 +136,17 @@ class Quantizer(ABC):
         """Codes of each part and scales of some rows."""
         height, in_features = weight.shape
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        deviation = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64) / math.sqrt(in_features)
+        deviation = row_deviations(wide)
         unit = torch.zeros(row_blocks(height) * BLOCK_ROWS, column_blocks(in_features) * BLOCK_COLUMNS, device=weight.device)
         divisor = deviation.to(wide.dtype)
         unit[:height, :in_features] = wide / torch.where(divisor > 0, divisor, 1)[:, None]
         codes, made = self._round(unit, encoder) if feedback is None else self._round_with_feedback(unit, encoder, feedback)
-        scales = _best_scales(unit[:, :in_features], made[:, :in_features], feedback)
+        fit = _best_scales if feedback is None else feedback.best_scales
+        scales = fit(unit[:, :in_features], made[:, :in_features])
         scales[:height] *= deviation
         scales[height:] = 0
-        if not bool((short := scales.bfloat16()).isfinite().all()):
+        short = scales.bfloat16()
+        if not bool((made.abs().amax(dim=1) * short.float()).isfinite().all()):
             raise QuantizerError(f"a row of deviation {deviation.max().item():.3g} is too large for a bfloat16 scale; rescale the weight")
         return codes, short
 
@@ -158,34 +160,39 @@ class Quantizer(ABC):
         return codes, torch.cat(made, dim=1)
 
     def _round_with_feedback(self, unit: Tensor, encoder: RingEncoder | None, feedback: RowFeedback) -> tuple[list[Tensor], Tensor]:
-        """The same, block column by block column from the last to the first."""
-        parts = [part for part, width in self.parts(unit.shape[1]) for _ in range(width)]
-        codes: dict[int, Tensor] = {}
+        """The same, wave by wave."""
+        parts, codes, ends = self.parts(unit.shape[1]), [], [0]
+        for part, width in parts:
+            codes.append(torch.empty(len(unit) // BLOCK_ROWS, width, part.block_words, dtype=torch.int32, device=unit.device))
+            ends.append(ends[-1] + width)
 
-        def round_block(index: int, target: Tensor) -> Tensor:
-            codes[index] = parts[index].encode(target, encoder)
-            return parts[index].decode(codes[index])
+        def round_blocks(rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+            made = torch.empty_like(targets)
+            for (part, _), words, begin, end in zip(parts, codes, ends, ends[1:], strict=False):
+                chosen = ((begin <= columns) & (columns < end)).nonzero().flatten()
+                if len(chosen):
+                    found = part.encode(targets[chosen].flatten(0, 1), encoder)
+                    words[rows[chosen], columns[chosen] - begin] = found[:, 0]
+                    made[chosen] = part.decode(found).view(-1, BLOCK_ROWS, BLOCK_COLUMNS)
+            return made
 
-        made = feedback.round(unit, round_block)
-        joined, start = [], 0
-        for _, width in self.parts(unit.shape[1]):
-            joined.append(torch.cat([codes[start + i] for i in range(width)], dim=1))
-            start += width
-        return joined, made
+        return codes, feedback.round(unit, round_blocks)
 
 
-def _best_scales(unit: Tensor, made: Tensor, feedback: RowFeedback | None) -> Tensor:
-    """The scale of each row that fits `made` to `unit` best, in the metric of the inputs if it is known: float64 [rows]."""
-    seen = made if feedback is None else feedback.weighted(made)
-    energy = (made * seen).sum(dim=1, dtype=torch.float64)
-    product = (unit * seen).sum(dim=1, dtype=torch.float64)
+def _best_scales(unit: Tensor, made: Tensor) -> Tensor:
+    """The scale of each row that fits `made` to `unit` best: float64 [rows]."""
+    energy = made.square().sum(dim=1, dtype=torch.float64)
+    product = (unit * made).sum(dim=1, dtype=torch.float64)
     return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
 
 
-def _slabs(out_features: int, in_features: int, device: torch.device) -> Iterator[slice]:
-    """Whole block rows of at most about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries."""
+def _slabs(out_features: int, in_features: int, device: torch.device, feedback: RowFeedback | None = None) -> Iterator[slice]:
+    """Whole block rows of about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries; coupled rows stay together."""
     most = SLAB_WEIGHTS if device.type == "cpu" else GPU_SLAB_WEIGHTS
     height = max(1, most // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
+    if feedback is not None:
+        yield from feedback.slabs(height)
+        return
     for start in range(0, out_features, height):
         yield slice(start, min(start + height, out_features))
 

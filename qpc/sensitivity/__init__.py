@@ -5,17 +5,17 @@ theorem of HIGGS, arXiv 2411.17525, theorem 1). The coefficients a_l are estimat
 """
 
 from qpc.sensitivity.gradient import Importance, by_gradient, parts
-from qpc.sensitivity.journal import Journal
 from qpc.sensitivity.linearity import checked
 from qpc.sensitivity.noise import estimate, perturbed
+from qpc.sensitivity.output_moments import OutputMoments
 from qpc.sensitivity.values import Linearity, Loss, Method, Sensitivities, check_finite
 
 __all__ = [
     "Importance",
-    "Journal",
     "Linearity",
     "Loss",
     "Method",
+    "OutputMoments",
     "Sensitivities",
     "by_gradient",
     "check_finite",

@@ -31,11 +31,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qpc.errors import ModelError
 from qpc.ir.annotation import site_of
+from qpc.ir.linear import LINEAR, stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.walk import Walk
 from qpc.progress import Progress, silent, track
 from qpc.sensitivity.output_loss import main_output, reference_of
-from qpc.sensitivity.sites import by_weight, stored_matrix
+from qpc.sensitivity.output_moments import OutputMoments
+from qpc.sensitivity.sites import by_weight
 from qpc.sensitivity.values import Loss, Method, Sensitivities
 
 POSITIONS_AT_ONCE = 1024
@@ -50,7 +52,8 @@ Importance = Sequence[Mapping[str, Tensor]]
 class Backward:
     """What one backward pass found.
 
-    energy: a_l times the number of positions, by name of the parameter. importance: float32 [positions] by name of the linear node.
+    energy: a_l times the number of positions, by name of the parameter. importance: float32 [positions] by name of the linear node; not of
+    stacks of experts.
     """
 
     energy: Mapping[str, float]
@@ -58,6 +61,9 @@ class Backward:
     positions: int
     kind: Loss
 
+
+Sink = Callable[[str, Tensor], None]
+"""`sink(weight, gradient [..., out_features])`: with respect to what a linear writes, by name of its parameter."""
 
 Recall = Callable[[int, Callable[[], Backward]], Backward]
 """`recall(number, make)`: what the pass of this number found, by making it if it is not known."""
@@ -69,11 +75,14 @@ def by_gradient(
     *,
     seed: int = 0,
     recall: Recall = lambda number, make: make(),
+    moments: OutputMoments | None = None,
+    held_out: int = 0,
     progress: Progress = silent,
 ) -> tuple[Sensitivities, Importance]:
     """Sensitivities, and the importance of every position, on batches of the only input of a program.
 
     program: CANONICAL or later. batches: each a tensor with sequences as first axis. The model is not modified.
+    moments: where those of the gradients are added up, of each pass that is made. held_out: how many of the last batches are held out.
 
     Raises `ModelError` if there are no linears, if the output cannot be differentiated, or if a gradient is not finite.
     """
@@ -82,7 +91,9 @@ def by_gradient(
     importance: list[dict[str, list[Tensor]]] = [{} for _ in batches]
     positions, kind = 0, Loss.KL
     for number, (batch, part) in enumerate(track(passes, "gradients", len(passes), progress)):
-        found = recall(number, partial(backward, program, part, (seed, number)))
+        apart = batch >= len(batches) - held_out
+        sink = None if moments is None else partial(moments.add, held_out=apart)
+        found = recall(number, partial(backward, program, part, (seed, number), sink))
         positions, kind = positions + found.positions, found.kind
         for weight, energy in found.energy.items():
             totals[weight] = totals.get(weight, 0.0) + energy
@@ -93,8 +104,8 @@ def by_gradient(
     return Sensitivities(coefficients, kind, 0.0, seed, positions, Method.GRADIENT), joined
 
 
-def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backward:
-    """One pass forward and back, on a value of the only input. key: decides the draw of z.
+def backward(program: Program, tokens: Tensor, key: tuple[object, ...], sink: Sink | None = None) -> Backward:
+    """One pass forward and back, on a value of the only input. key: decides the draw of z. sink: takes the gradients of all outputs.
 
     Attention is computed by its formula, for the fused kernels may add up gradients in any order, and the same seed must give the same.
 
@@ -111,8 +122,13 @@ def backward(program: Program, tokens: Tensor, key: tuple[object, ...]) -> Backw
     lengths: dict[fx.Node, Tensor] = {}
 
     def watch(node: fx.Node, value: Tensor) -> None:
+        if node.target is not LINEAR:  # rows that are sorted by expert: which position is which depends on the batch
+            return
+
         def take(gradient: Tensor) -> None:
             importance[node.name] = (gradient.detach().float().square() @ lengths[node]).flatten()
+            if sink is not None:
+                sink(site_of(node).weight, gradient)
 
         importance[node.name] = torch.zeros(value.numel() // value.shape[-1], device=device)
         value.register_hook(take)  # type: ignore[no-untyped-call]

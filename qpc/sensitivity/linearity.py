@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
+from qpc.journal import Journal
 from qpc.progress import Progress, silent
-from qpc.sensitivity.journal import Journal
 from qpc.sensitivity.noise import injected
 from qpc.sensitivity.sites import by_weight
 from qpc.sensitivity.values import Linearity, Sensitivities
@@ -26,7 +26,7 @@ def checked(
     inputs: Sequence[Tensor],
     *,
     seed: int = 0,
-    journal: Journal | None = None,
+    journal: Journal[float] | None = None,
     progress: Progress = silent,
 ) -> Sensitivities:
     """The same sensitivities with their `Linearity`, and larger ones for the linears that break it.

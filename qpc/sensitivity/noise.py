@@ -18,13 +18,14 @@ from torch import Tensor, fx
 
 from qpc.errors import ModelError
 from qpc.ir.annotation import LinearSite, site_of
+from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.random_inputs import random_inputs
 from qpc.ir.walk import Walk
+from qpc.journal import Journal, Step
 from qpc.progress import Progress, silent, track
-from qpc.sensitivity.journal import Journal, Step
 from qpc.sensitivity.output_loss import Reference, reference_of
-from qpc.sensitivity.sites import by_weight, stored_matrix
+from qpc.sensitivity.sites import by_weight
 from qpc.sensitivity.values import Method, Sensitivities
 
 MOST_WORKERS = 8
@@ -41,7 +42,7 @@ def estimate(
     noise: float = 0.02,
     seed: int = 0,
     method: Method | None = None,
-    journal: Journal | None = None,
+    journal: Journal[float] | None = None,
     progress: Progress = silent,
 ) -> Sensitivities:
     """Inject noise into one weight after another and measure what it does to the output.
@@ -82,7 +83,7 @@ def injected(
     sizes: Sequence[float],
     seed: int,
     task: str,
-    journal: Journal,
+    journal: Journal[float],
     progress: Progress,
 ) -> "Iterator[tuple[Trial, float]]":
     """The loss of every trial: of noise of each size in each weight, on each part of the inputs. The draw is the same for all sizes.
@@ -156,7 +157,7 @@ def _workers(program: Program) -> Iterator[tuple[ThreadPoolExecutor, int]]:
         torch.set_num_threads(threads)
 
 
-def _in_order(pool: ThreadPoolExecutor, ahead: int, trials: Iterable[Trial], journal: Journal) -> Iterator[tuple[Trial, float]]:
+def _in_order(pool: ThreadPoolExecutor, ahead: int, trials: Iterable[Trial], journal: Journal[float]) -> Iterator[tuple[Trial, float]]:
     """Each trial with its loss, as the journal has it; trials are drawn only so far ahead, for they hold memory."""
     pending: deque[tuple[Trial, Future[float]]] = deque()
     for trial in trials:

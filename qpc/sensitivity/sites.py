@@ -1,8 +1,8 @@
 """The linears of a program, as sensitivities see them."""
 
-from torch import Tensor, fx
+from torch import fx
 
-from qpc.ir.annotation import LinearSite, site_of
+from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
 
 
@@ -12,9 +12,3 @@ def by_weight(program: Program) -> list[list[fx.Node]]:
     for node in program.linears():
         found.setdefault(site_of(node).weight, []).append(node)
     return list(found.values())
-
-
-def stored_matrix(program: Program, site: LinearSite) -> Tensor:
-    """The live weight of a site as [out_features, in_features], in its own dtype, without gradient."""
-    stored = program.tensor(site.weight).detach()
-    return stored.t() if site.transposed else stored

@@ -10,6 +10,7 @@ import torch
 
 from qpc.errors import ModelError
 from qpc.ir.program import Program
+from qpc.plain_files import parse_json
 
 FORMAT = 2
 """Version of the JSON form of `Sensitivities`."""
@@ -94,7 +95,7 @@ class Sensitivities:
     def from_json(text: str) -> "Sensitivities":
         """Inverse of `to_json`. Raises `ModelError` if the text is not that."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data.pop("format") != FORMAT:
                 raise ModelError(f"sensitivities must have format {FORMAT}")
             values = _numbers(data.pop("values"))

@@ -86,7 +86,7 @@ class Normalized(Block):
 class InPlace(Block):
     def between(self, x: Tensor) -> Tensor:
         y = x.clone()
-        y.mul_(2)
+        y[..., 1:].mul_(2)
         return y
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qpc.errors import KernelError
-from qpc.kernels import ops, reference
+from qpc.kernels import expert_ops, ops, reference
 from qpc.kernels.linear import QuantizedLinear
 from qpc.quant.rotation import Rotation
 from qpc.quant.trellis import TrellisQuantizer
@@ -67,6 +67,24 @@ def test_module_in_a_compiled_graph_and_a_cuda_graph(batch: int) -> None:
             captured.fill_(float("nan"))
             graph.replay()
             assert_close(captured, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_a_stack_of_experts_eagerly_and_in_a_cuda_graph(rows: int) -> None:
+    """40 rows are multiplied expert by expert, but row by row while a graph is recorded."""
+    experts, each = 3, 64
+    weight = packed("trellis", experts * each, 160, [4, 3], device="cuda")
+    x, expert = torch.randn(rows, 160, device="cuda").bfloat16(), torch.randint(0, experts, (rows,), device="cuda")
+    whole = reference.linear(x, weight.codes, weight.scales, None, weight.quantizers, experts * each)
+    expected = whole.view(rows, experts, each)[torch.arange(rows, device="cuda"), expert]
+    arguments = (x, weight.codes, weight.scales, expert, *weight.format, each, experts)
+    assert_close(expert_ops.trellis_expert_linear(*arguments), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = expert_ops.trellis_expert_linear(*arguments)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert_close(captured, expected)
 
 
 def test_float64_has_no_kernel() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import layer
+from benchmarks.rows import RESULTS, read_rows
 from qpc.errors import ProfileError
 from qpc.ir.annotation import LinearShape
 from qpc.latency import GPUS, Gpu, Profile, latency_of
@@ -27,6 +29,13 @@ def test_a_table_that_ships_is_of_that_gpu(gpu: Gpu) -> None:
     model = gpu.latency()
     assert isinstance(model, Profile) == gpu.table.is_file()
     assert not isinstance(model, Profile) or model.gpu in gpu.devices
+
+
+def test_a_shipped_table_predicts_the_layers_that_were_measured() -> None:
+    """Of the H200, whose table times multiplications behind their transforms."""
+    rows, model = read_rows(RESULTS / "nvidia-h200" / "layer.json"), latency_of("h200")
+    offs = [layer.compared(model, row)["off"] for row in rows]
+    assert len(offs) == 24 and max(map(abs, offs)) < 0.055 and sum(abs(off) > 0.05 for off in offs) <= 1
 
 
 def test_a_file_is_a_gpu(tmp_path: Path) -> None:

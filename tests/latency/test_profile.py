@@ -45,6 +45,18 @@ def ps(us: float) -> int:
     return round(us * 1_000_000)
 
 
+def test_mixtures_have_lines_of_their_own_where_they_were_measured() -> None:
+    """They may take longer than the higher of their two rates; without such lines they lie between rates."""
+    mixture, shape = MixedRateQuantizer(ToyQuantizer(2), ToyQuantizer(3), Fraction(1, 2)), LinearShape(ROWS[0], COLUMNS[0])
+    slow = [row | {"rate": 2.5, "mixture": True, "us": 2 * row["us"]} for row in full() if row.get("rate") == 3 and row["family"] != "bf16"]
+    made = profile([*full(), *slow])
+    whole = made.multiplication(shape, ToyQuantizer(3), BATCHES[0])
+    found = made.multiplication(shape, mixture, BATCHES[0])
+    assert found.ps == pytest.approx(2 * whole.ps, abs=2) and not found.estimates
+    assert whole.ps == IDEAL.multiplication(shape, ToyQuantizer(3), BATCHES[0]).ps
+    assert IDEAL.multiplication(shape, mixture, BATCHES[0]).ps < whole.ps
+
+
 @given(st.permutations(ROWS), st.floats(1.0, 8.0), st.data())
 @FEW
 def test_measured_points_are_exact(_: Any, power: float, data: st.DataObject) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
-from qpc.quant.feedback import DEFAULT_DAMPING, Feedback, RowFeedback
-from qpc.quant.layout import BLOCK_COLUMNS
+from qpc.quant.feedback import Feedback, row_deviations
 from qpc.quant.moment import Moment
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.quantizer import Quantizer
+from qpc.quant.rounding import RowFeedback
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.stacking import quantize_stacked
 from qpc.quant.vector import VectorQuantizer
@@ -41,26 +41,96 @@ def weight(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed))
 
 
-def test_only_the_rounding_errors_of_single_blocks_are_left() -> None:
-    """(E L)_j = (target_j - made_j) L_jj for any rounding: the identity in the docstring of the module."""
-    feedback = Feedback.of(moment(1000))
-    unit = torch.zeros(64, 208)
-    unit[:, :FEATURES] = weight(64)
-    left: dict[int, Tensor] = {}
+def gradients(count: int, features: int, seed: int = 50) -> Tensor:
+    """Of outputs a few directions of which matter more than the others: float32 [count, features]."""
+    mixing = torch.randn(features, features // 4, generator=torch.Generator().manual_seed(98)) * (8 / features) ** 0.5
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, features, generator=draw) + torch.randn(count, features // 4, generator=draw) @ mixing.T
 
-    def to_halves(index: int, target: Tensor) -> Tensor:
-        made = (2 * target).round() / 2
-        left[index] = target - made
+
+def output_moment(features: int, count: int = 2000) -> Moment:
+    g, rest = gradients(count, features), gradients(500, features, seed=51)
+    return Moment(g.T @ g / count, count, Moment(rest.T @ rest / 500, 500))
+
+
+@pytest.mark.parametrize("rows", [128, 200])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_only_the_rounding_errors_of_single_blocks_are_left(coupled: bool, rows: int) -> None:
+    """(V^T E U)_ab = target_ab - made_ab for any rounding: the identity in the docstring of the module."""
+    feedback = Feedback.of(moment(1000))
+    if coupled:
+        feedback = feedback.and_of(output_moment(rows), weight(rows))
+    unit = torch.zeros(-(-rows // 64) * 64, 208)
+    unit[:rows, :FEATURES] = weight(rows)
+    own = torch.full_like(unit, torch.nan)
+
+    def to_halves(block_rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+        made = (2 * targets).round() / 2
+        for row, column, left in zip(block_rows.tolist(), columns.tolist(), targets - made, strict=True):
+            own[64 * row : 64 * (row + 1), 16 * column : 16 * (column + 1)] = left
         return made
 
-    error = (unit - RowFeedback(((64, feedback),)).round(unit, to_halves))[:, :FEATURES].double()
-    matrix = moment(1000).matrix.double()
-    lower = torch.linalg.cholesky(matrix + DEFAULT_DAMPING * matrix.diagonal().mean() * torch.eye(FEATURES, dtype=torch.float64))
-    for index, own in left.items():
-        block = slice(index * BLOCK_COLUMNS, min((index + 1) * BLOCK_COLUMNS, FEATURES))
-        width = block.stop - block.start
-        assert torch.allclose((error @ lower)[:, block], own[:, :width].double() @ lower[block, block], rtol=1e-3, atol=2e-3)
-    assert sorted(left) == list(range(13))
+    error = (unit - RowFeedback(((rows, feedback),)).round(unit, to_halves)).double()
+    left = error @ (feedback.carry.double() + torch.eye(208))
+    if feedback.outputs is not None:
+        left = (feedback.outputs.carry.double() + torch.eye(len(unit))).t() @ left
+    assert torch.allclose(left, own.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_factors_are_those_of_the_damped_moment() -> None:
+    """U D U^T of blocks: with U^-1 on both sides only the blocks of the diagonal are left."""
+    for block in (16, 64):
+        feedback = Feedback.of(moment(1000, features=192), block=block)
+        inverse = torch.linalg.inv(feedback.carry.double() + torch.eye(192))
+        left = inverse @ feedback.damped.double() @ inverse.t()
+        blocks = torch.arange(192) // block
+        assert float(left[blocks[:, None] != blocks].abs().max()) < 1e-4 * float(left.diagonal().mean())
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_feedback_between_rows_lowers_the_loss_further(quantizer: Quantizer) -> None:
+    """tr(E H E^T G) of moments that were not seen, and what is said to be left of it."""
+    w, unseen, judge = weight(192), gradients(500, FEATURES, seed=53), gradients(500, 192, seed=52)
+    w *= torch.linspace(0.3, 2, 192)[:, None]
+    one = Feedback.of(output_moment(FEATURES))
+    both = one.and_of(output_moment(192), w)
+    made = [quantize_stacked(quantizer, [w], None, [each])[0] for each in (one, both)]
+    losses = [float((judge @ (w - each.rotated()) @ unseen.T).square().sum()) for each in made]
+    assert losses[1] < 0.9 * losses[0]
+    assert both.share < 0.95 * one.share
+    assert both.share_left(w, made[1].rotated(), quantizer.distortion) == pytest.approx(both.share, rel=0.15)
+    assert made[0].nbytes == made[1].nbytes
+
+
+def test_outputs_that_matter_alike_couple_no_rows() -> None:
+    w, one = weight(130), Feedback.of(moment(1000))
+    both = one.and_of(Moment(torch.diag(row_deviations(w) ** -2), 1000), w)
+    quantizer = trellis_at(Fraction(3), Effort.FAST)
+    plain, fed = (quantize_stacked(quantizer, [w], None, [each])[0] for each in (one, both))
+    assert torch.equal(plain.codes[0], fed.codes[0])
+    assert torch.allclose(plain.scales.float(), fed.scales.float(), rtol=1e-2)
+    assert both.share == pytest.approx(one.share)
+
+
+def test_scales_are_the_best_for_rows_together() -> None:
+    w, made = weight(100), weight(100) + 0.3 * weight(100, seed=1)
+    feedback = Feedback.of(moment(1000)).and_of(output_moment(100), w)
+    assert feedback.outputs is not None
+    unit = torch.cat([w, torch.zeros(28, FEATURES)])
+    rough = torch.cat([made, torch.ones(28, FEATURES)])
+    scales = RowFeedback(((100, feedback),)).best_scales(unit, rough)
+    assert torch.equal(scales[100:], torch.zeros(28, dtype=torch.float64))
+
+    def loss(each: Tensor) -> float:
+        assert feedback.outputs is not None
+        error = w.double() - each[:, None] * made.double()
+        return float((error @ feedback.damped.double() @ error.T * feedback.outputs.damped.double()).sum())
+
+    for row in (0, 50, 99):
+        for change in (0.99, 1.01):
+            other = scales[:100].clone()
+            other[row] *= change
+            assert loss(other) > loss(scales[:100])
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -87,6 +157,8 @@ def test_white_inputs_leave_nothing_to_feed_back(quantizer: Quantizer) -> None:
 def test_weights_are_rounded_together_as_each_by_itself() -> None:
     weights = [weight(rows, rows) for rows in (130, 64, 70)]
     feedbacks = [Feedback.of(moment(1000, seed)) for seed in range(3)]
+    feedbacks[0] = feedbacks[0].and_of(output_moment(130), weights[0])
+    feedbacks[2] = feedbacks[2].and_of(output_moment(70), weights[2])
     quantizer = trellis_at(Fraction(3), Effort.FAST)
     together = quantize_stacked(quantizer, weights, None, feedbacks)
     for w, feedback, packed in zip(weights, feedbacks, together, strict=True):
@@ -109,6 +181,14 @@ def test_fewer_samples_earn_more_damping() -> None:
     few, many = (Feedback.of(moment(count, held_out=400)) for count in (100, 8000))
     assert few.damping > 3 * many.damping
     assert many.expected_share < few.expected_share < 1
+
+
+def test_slabs_do_not_cut_rows_that_are_coupled() -> None:
+    one = Feedback.of(moment(1000))
+    parts = RowFeedback(((192, one), (320, one.and_of(output_moment(320), weight(320))), (64, one), (70, one)))
+    slabs = list(parts.slabs(128))
+    assert [(each.start, each.stop) for each in slabs] == [(0, 128), (128, 192), (192, 512), (512, 640), (640, 646)]
+    assert [[height for height, _ in parts.of_rows(each).parts] for each in slabs] == [[128], [64], [320], [64, 64], [6]]
 
 
 @pytest.mark.parametrize("matrix", [torch.zeros(3, 4), torch.zeros(4), torch.full((2, 2), torch.nan)])

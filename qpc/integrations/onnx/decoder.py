@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from qpc.errors import ModelError
+from qpc.sampling import cache_name
 
 # Traced sizes; any that differ and are not usual constants will do.
 _BATCH, _LENGTH, _PAST = 2, 3, 5
@@ -51,14 +52,14 @@ class Decoder(nn.Module):
         from transformers import DynamicCache
 
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        model: Any = self.get_submodule(_MODEL)
         options: dict[str, Any] = {"use_cache": False}
         cache: Any = None
         if self.cache:
             cache = DynamicCache()
             for layer in range(len(past) // 2):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
-            options = {"use_cache": True, "past_key_values": cache}
-        model: Any = self.get_submodule(_MODEL)
+            options = {"use_cache": True, cache_name(model): cache}
         result = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **options)
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)] if self.cache else []
         return result.logits, present
@@ -90,7 +91,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     """(heads, features) of keys, then of values, layer by layer, by a run on fake tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         result = model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=True)
-    tensors = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    tensors = [tensor for layer in getattr(result, cache_name(model)).layers for tensor in (layer.keys, layer.values)]
     return [(tensor.shape[1], tensor.shape[3]) for tensor in tensors]
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qpc
-from qpc.arguments import pick_device
 from qpc.budget import Budget
+from qpc.cli.inputs import pick_device
 from qpc.errors import SettingsError, UsageError
 from qpc.report import Report
 from qpc.terminal import ProgressBars, silent_stdout

@@ -1,13 +1,15 @@
 """The command `qpc verify`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qpc.arguments import AsJson
+from qpc.cli.arguments import AsJson
+from qpc.cli.output import print_json
 from qpc.terminal import ProgressBars
+
+EXAMPLES = ("qpc verify OUT", "qpc verify OUT --json")
 
 
 def verify_model(
@@ -20,7 +22,7 @@ def verify_model(
     with ProgressBars() as progress:
         found = verify(compiled, progress)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
     else:
         for problem in found.problems:
             print(problem)

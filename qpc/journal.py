@@ -1,30 +1,35 @@
-"""What an estimate has measured so far, kept on disk so that one that was interrupted goes on where it was."""
+"""What has been measured so far, kept on disk so that work that was interrupted goes on where it was."""
 
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Generic, TextIO, TypeVar
+
+from qpc.plain_files import parse_json
 
 Step = tuple[object, ...]
-"""What names a measurement: strings and numbers."""
+"""What names a measurement: strings, numbers and None."""
+
+V = TypeVar("V", float, dict[str, float])
+"""A measurement: one number, or several by name."""
 
 
 @dataclass
-class Journal:
+class Journal(Generic[V]):
     """Measurements by their names; of a file, one a line, if there is one.
 
     A line that was cut off is forgotten. What cannot be written is kept in memory alone: the journal only saves time.
     """
 
     path: Path | None = None
-    _known: dict[str, float] = field(default_factory=dict)
+    _known: dict[str, V] = field(default_factory=dict)
     _file: TextIO | None = None
 
     @staticmethod
-    def open(path: Path) -> "Journal":
+    def open(path: Path) -> "Journal[V]":
         """The journal of this file, with what it holds."""
-        journal = Journal(path)
+        journal: Journal[V] = Journal(path)
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
                 journal._read(line)
@@ -32,11 +37,16 @@ class Journal:
             pass
         return journal
 
-    def __getitem__(self, step: Step) -> float | None:
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been measured."""
+        return not self._known
+
+    def __getitem__(self, step: Step) -> V | None:
         """The measurement of this name, if it was taken."""
         return self._known.get(json.dumps(step))
 
-    def __setitem__(self, step: Step, value: float) -> None:
+    def __setitem__(self, step: Step, value: V) -> None:
         name = json.dumps(step)
         if self.path is None or self._known.get(name) == value:
             self._known[name] = value
@@ -66,8 +76,14 @@ class Journal:
 
     def _read(self, line: str) -> None:
         try:
-            name, value = json.loads(line)
-            if isinstance(name, str) and isinstance(value, float) and math.isfinite(value):
+            name, value = parse_json(line)
+            numbers = value.values() if isinstance(value, dict) else (value,)
+            if isinstance(name, str) and all(map(is_measurement, numbers)):
                 self._known[name] = value
         except (ValueError, TypeError):
             pass
+
+
+def is_measurement(value: object) -> bool:
+    """Whether a value of JSON is a number that was measured."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

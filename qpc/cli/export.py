@@ -1,14 +1,19 @@
 """The command `qpc export`."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qpc.arguments import AsJson
+from qpc.cli.arguments import AsJson
+from qpc.cli.output import print_json
 from qpc.terminal import silent_stdout
+
+EXAMPLES = (
+    "qpc export OUT --onnx model.onnx",
+    "qpc export OUT --onnx model.onnx --no-cache",
+)
 
 
 def export_model(
@@ -26,8 +31,6 @@ def export_model(
         files = export(compiled, onnx, cache=cache, overwrite=overwrite)
     size, elapsed_s = sum(file.stat().st_size for file in files), time.monotonic() - start_s
     if as_json:
-        print(
-            json.dumps({"files": [str(file) for file in files], "bytes": size, "cache": cache, "elapsed_s": round(elapsed_s, 3)}, indent=2)
-        )
+        print_json({"files": [str(file) for file in files], "bytes": size, "cache": cache, "elapsed_s": round(elapsed_s, 3)})
     else:
         print(f"{', '.join(map(str, files))}: {size / 1e6:.1f} MB, written after {elapsed_s:.0f} s")
