@@ -352,7 +352,7 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], directory: s
                 f"{name} has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}; the checkpoint is damaged"
             )
         packed = not expected.is_floating_point() or name.endswith(".scales")
-        if packed and found.dtype != expected.dtype:
+        if found.dtype != expected.dtype and (packed or not found.is_floating_point()):
             raise CheckpointError(f"{name} is {found.dtype}, it must be {expected.dtype}; the checkpoint is damaged")
     unknown = sorted(tensors.keys() - needed.keys())
     if unknown:

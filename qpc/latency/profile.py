@@ -1,7 +1,6 @@
 """A measured latency table of one GPU, as `python -m benchmarks profile` and `python -m benchmarks transform` write it."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +20,9 @@ FORMAT = 1
 
 BFLOAT16 = "bf16"
 """Family of the rows of a weight that stays as it is."""
+
+MOST = 10**12
+"""Largest number in a table: of microseconds, eleven days."""
 
 TRANSFORMS = ("rotate_operand", "rotate")
 """What may precede a quantized multiplication, the one that is taken first; other transforms of a file are left out."""
@@ -145,8 +147,8 @@ class _Fields:
 
     def number(self, name: str) -> Fraction:
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ProfileError(f"{self.where}: {name} must be a positive number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST:
+            raise ProfileError(f"{self.where}: {name} must be a positive number, at most {MOST:.0e}, got {value!r}")
         return Fraction(value)
 
     def count(self, name: str) -> Fraction:

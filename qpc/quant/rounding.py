@@ -156,7 +156,10 @@ def _best_scales(unit: Tensor, made: Tensor, feedback: Feedback) -> Tensor:
     scales = torch.zeros_like(energy)
     height = len(feedback.outputs.moment)  # the rest is padding
     rows = energy[:height].gt(0).nonzero().flatten()
-    metric = feedback.outputs.damped[rows][:, rows]
-    coupled = (metric * (felt[rows] @ made[rows].t())).double()
-    scales[rows] = torch.linalg.solve((coupled + coupled.t()) / 2, (metric * (felt[rows] @ unit[rows].t())).sum(dim=1, dtype=torch.float64))
+    metric = feedback.outputs.damped.double()[rows][:, rows]
+    metric, felt = metric / metric.diagonal().mean(), felt[rows].double() / energy[rows].mean()
+    coupled, wanted = metric * (felt @ made[rows].double().t()), (metric * (felt @ unit[rows].double().t())).sum(dim=1)
+    found, failed = torch.linalg.solve_ex((coupled + coupled.t()) / 2, wanted)
+    alone = wanted / coupled.diagonal()  # near what each row would have by itself, where rows cannot be told apart
+    scales[rows] = found if not failed and bool(found.isfinite().all()) else alone
     return scales

@@ -70,6 +70,10 @@ class Linearity:
         return f"{text}; farthest from it is {worst}, whose loss per unit of noise changes by a factor of {broken[worst]:.2f}"
 
 
+LARGEST = 1e100
+"""Sums of products of larger ones might overflow."""
+
+
 @dataclass(frozen=True)
 class Sensitivities:
     """Coefficients a_l, and how they were estimated.
@@ -86,6 +90,11 @@ class Sensitivities:
     tokens: int
     method: Method = Method.GIVEN
     linearity: Linearity | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            if not 0 <= value <= LARGEST:
+                raise ModelError(f"the sensitivity of {name} is {value:g}, it must lie between 0 and {LARGEST:.0e}")
 
     def to_json(self) -> str:
         """The JSON form, equal for equal values."""
