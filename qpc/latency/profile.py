@@ -1,6 +1,7 @@
 """A measured latency table of one GPU, as `python -m benchmarks profile` and `python -m benchmarks transform` write it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -147,8 +148,10 @@ class _Fields:
 
     def number(self, name: str) -> Fraction:
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST:
-            raise ProfileError(f"{self.where}: {name} must be a positive number, at most {MOST:.0e}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ProfileError(f"{self.where}: {name} must be a positive number, got {value!r}")
+        if value > MOST:
+            raise ProfileError(f"{self.where}: {name} must be at most {MOST:.0e}, got {float(min(value, 10**300)):.3g}")
         return Fraction(value)
 
     def count(self, name: str) -> Fraction:

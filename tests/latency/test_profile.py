@@ -209,6 +209,7 @@ HEAD = {"gpu": "NVIDIA Toy", "launch_us": 1.0, "read_gb_s": 3000.0}
         ({"format": 1, "measured_with": {"gpu": "NVIDIA Toy"}, "rows": [ROW]}, "measured_with has no launch_us"),
         (file([{**ROW, "us": -1}]), "row 0: us must be a positive number, got -1"),
         (file([{**ROW, "us": float("nan")}]), "row 0: us must be a positive number, got nan"),
+        (file([{**ROW, "us": 10**400}]), r"row 0: us must be at most 1e\+12, got 1e\+300"),
         (file([ROW, {**ROW, "batch": 1.5}]), "row 1: batch must be a whole number, got 1.5"),
         (file([{**ROW, "batch": True}]), "row 0: batch must be a positive number, got True"),
         (file([{**ROW, "family": 3}]), "row 0: family must be a name, got 3"),
