@@ -17,7 +17,7 @@ Latency = Annotated[
 GpuName = Annotated[
     str | None,
     typer.Option(
-        metavar="GPU", help="Where times are predicted: h100, or a file of its times.", show_default="this one, if --latency asks"
+        metavar="GPU", help="Where times are predicted: h100, h200, or a file of its times.", show_default="this one, if --latency asks"
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences in a step, where --latency names none.", show_default="1")]
