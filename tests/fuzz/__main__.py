@@ -1,7 +1,8 @@
 """Knock at every door with damaged input: `python -m tests.fuzz --cases 100000 --seed 0 --json FILE`.
 
 A case is a target and a number; `python -m tests.fuzz --only loader --case 1234` runs one again. What goes on longer than `MOST_S`
-is a failure like any exception that is not a `QpcError`. Failures that were found stay in `corpus.json` and are tried again by the tests.
+is a failure like any exception that is not a `QpcError`. Failures that were found stay in `corpus.json` and are tried again by the tests; a
+number means another input once a target draws otherwise, so each defect has a test of its own besides.
 """
 
 import argparse

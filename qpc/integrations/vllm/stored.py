@@ -43,6 +43,9 @@ def linears_of(manifest: Mapping[str, Any]) -> dict[str, StoredWeight]:
     if manifest["gains"]:
         name = next(iter(manifest["gains"]))
         raise CheckpointError(f"{name} has a gain between two rotations, which is not supported under vLLM; compile without --fold")
+    if manifest["experts"]:
+        name = next(iter(manifest["experts"]))
+        raise CheckpointError(f"{name} is a packed stack of experts, which is not supported under vLLM; compile with --exclude '*experts*'")
     return {name: StoredWeight.of(name, entry) for name, entry in manifest["linears"].items()}
 
 

@@ -18,7 +18,13 @@ def manifest(**changes: Any) -> dict[str, Any]:
         known = {"out_features": 64, "in_features": 64, "block": 64, "quantizer": {"kind": "scalar", "bits": 4}}
         if changes.get(leaf, ...) is not None:
             entries[f"model.layers.0.self_attn.{leaf}"] = known | changes.get(leaf, {})
-    return {"linears": entries, "embeddings": {}, "gains": {}}
+    return {"linears": entries, "embeddings": {}, "experts": {}, "gains": {}}
+
+
+def test_what_has_no_place_is_refused() -> None:
+    for section, message in (("gains", "without --fold"), ("experts", r"stack of experts, .* --exclude '\*experts\*'")):
+        with pytest.raises(CheckpointError, match=message):
+            linears_of(manifest() | {section: {"model.layers.0.mlp": {}}})
 
 
 def test_members_come_in_the_order_of_the_layer() -> None:
