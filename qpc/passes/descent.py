@@ -9,6 +9,7 @@ kept, and that is the first one if nothing is better.
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,10 @@ class Descent:
 
     def run(self, course: Course, task: str = "tune") -> Outcome:
         """Descend; the student is left in the best state on the way."""
+        with coarse_products(self.student.program.device):
+            return self._descended(course, task)
+
+    def _descended(self, course: Course, task: str) -> Outcome:
         student = self.student
         before = best = self.held_out_loss()
         kept, reached = student.state(), 0
@@ -121,6 +126,20 @@ class Descent:
             total += reference.positions * reference.loss(self.student.outputs(inputs))
             count += reference.positions
         return total / count if math.isfinite(total) else math.inf
+
+
+@contextmanager
+def coarse_products(device: torch.device) -> Iterator[None]:
+    """On a GPU multiply float32 matrices by tensor cores, with operands of ten bits: enough for gradients, and several times as fast."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _shuffled(batches: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
