@@ -226,8 +226,8 @@ def rounding(program: Program, options: Options, prepared: Prepared, progress: P
     if tuning is None or samples is None:
         return (Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known),)
     lessons = samples
-    if tuning.more_text and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
-        tokens = tuning.more_text * sum(batch.numel() for batch in (*samples.batches, *samples.held_out))
+    tokens = tuning.more_tokens(samples)
+    if tokens and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
         more, remarks = collect(replace(options.calibration, tokens=tokens), program, options.seed + LESSON_SEED, progress)
         program.remarks += remarks
         assert more is not None, "what could be sampled once can be sampled again"

@@ -13,7 +13,7 @@ from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.descent import Course, Descent
+from qpc.passes.descent import POSITIONS_AT_ONCE, Course, Descent
 from qpc.passes.feedbacks import Job
 from qpc.passes.student import Student
 from qpc.progress import Progress, silent
@@ -26,26 +26,24 @@ class Tuning:
     steps: of gradient descent once all weights are rounded. learning_rate: of scales and vectors, relative to them.
     rounds: in how many parts, from the first layers to the last, the weights are rounded; after each but the last, those that are left are
     tuned in `round_steps` steps, at `matrix_rate` relative to their root mean square.
-    more_text: for each token of the calibration, if the model sampled those, so many more are sampled to learn from: what is learned from
-    few does not hold on others.
+    reads: how often a token is read. If the model sampled the text of the calibration it samples as much more as that takes: what is
+    learned from few tokens, read again and again, does not hold on others.
     anywhere: on a CPU too, where it takes long.
     """
 
-    steps: int = 100
+    steps: int = 400
     learning_rate: float = 2e-3
     rounds: int = 1
     round_steps: int = 30
     matrix_rate: float = 5e-4
-    more_text: int = 3
+    reads: float = 1.4
     anywhere: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds", "round_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")
-        if self.more_text < 0:
-            raise SettingsError(f"tuning: more_text={self.more_text} must not be negative")
-        for name in ("learning_rate", "matrix_rate"):
+        for name in ("learning_rate", "matrix_rate", "reads"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"tuning: {name}={getattr(self, name)} must be positive")
 
@@ -75,6 +73,12 @@ class Tuning:
         if program.device.type == "cpu" and not self.anywhere:
             return "it takes long on a CPU; ask for a number of steps to have it nevertheless"
         return None if samples.held_out else "no samples are held out, so nothing would tell whether it helps"
+
+    def more_tokens(self, samples: Samples) -> int:
+        """How many tokens to sample beside those that there are to learn from."""
+        steps = self.steps + (self.rounds - 1) * self.round_steps
+        read = steps * self.last.passes * POSITIONS_AT_ONCE
+        return max(0, round(read / self.reads) - sum(batch.numel() for batch in samples.batches))
 
     @property
     def last(self) -> Course:

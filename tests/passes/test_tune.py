@@ -19,7 +19,7 @@ from qpc.errors import SettingsError
 from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.options import Options
-from qpc.passes.descent import Descent
+from qpc.passes.descent import POSITIONS_AT_ONCE, Descent
 from qpc.passes.embeddings import Embeddings
 from qpc.passes.feedbacks import Known
 from qpc.passes.lower import Lower
@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same() -> None:
 
 
 def test_more_text_is_sampled_to_learn_from() -> None:
-    options = Options(Budget.of(3), calibration=SelfSampled(tokens=1024, length=32), tune=replace(TUNING, more_text=2))
+    options = Options(Budget.of(3), calibration=SelfSampled(tokens=1024, length=32), tune=replace(TUNING, reads=16.6))
     program = grouped("llama")
     given, _ = collect(options.calibration, program, 0)
     assert given is not None
@@ -157,7 +157,13 @@ def test_more_text_is_sampled_to_learn_from() -> None:
     assert isinstance(tune, Tune) and all(one is other for one, other in zip(tune.samples.held_out, given.held_out, strict=True))
     own, more = tune.samples.batches[: len(given.batches)], torch.cat(tune.samples.batches[len(given.batches) :])
     assert all(one is other for one, other in zip(own, given.batches, strict=True))
-    assert more.shape == (64, 32) and not any(torch.equal(row, other) for row in more for other in torch.cat(own))
+    read = TUNING.steps * TUNING.last.passes * POSITIONS_AT_ONCE
+    assert sum(batch.numel() for batch in tune.samples.batches) == pytest.approx(read / 16.6, abs=32), "each token is read so often"
+    assert more.shape[1] == 32 and not any(torch.equal(row, other) for row in more for other in torch.cat(own))
+
+
+def test_no_more_text_than_is_read() -> None:
+    assert replace(TUNING, reads=1000.0).more_tokens(samples()) == 0
 
 
 @pytest.mark.parametrize(("given", "held_out", "reason"), [(Tuning(), 8, "on a CPU"), (TUNING, 0, "held out")])
@@ -230,7 +236,7 @@ def test_anything_else_is_refused(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"rounds": 0}, {"round_steps": 0}, {"learning_rate": 0.0}, {"matrix_rate": -1.0}, {"more_text": -1}]
+    "change", [{"steps": 0}, {"rounds": 0}, {"round_steps": 0}, {"learning_rate": 0.0}, {"matrix_rate": -1.0}, {"reads": 0.0}]
 )
 def test_fields_are_checked(change: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(change))):
