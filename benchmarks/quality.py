@@ -31,7 +31,7 @@ from qpc.calibration import Calibration, Samples, SelfSampled, collect
 from qpc.calibration import parse as parse_calibration
 from qpc.capture import capture
 from qpc.compiler import install, make_report, prepare, rounding
-from qpc.evaluate import evaluate
+from qpc.evaluate import bos_of, evaluate
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import annotate, annotation
 from qpc.ir.program import Program
@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> None:
     text = options.text.read_text(encoding="utf-8")
     ids = tokenizer(text.replace("\n", "\n\n") if options.double_newlines else text)["input_ids"][: options.tokens]
     tokens = torch.tensor(ids).to(device)
+    bos = bos_of(tokenizer, tokens)
     own = own_text(original, options.own_tokens).to(device) if options.own_tokens else None
     rows: list[dict[str, Any]] = []
     for job, compiled, compile_s, predicted in _compiled(original, tokenizer, options):
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> None:
             "bits": report.bits_per_weight,
         }
         row |= {"compile_s": compile_s, "weight_bytes": report.linear_bytes, "model_bytes": report.model_bytes}
-        found = evaluate(compiled, original, tokens, options.window)
+        found = evaluate(compiled, original, tokens, options.window, bos=bos)
         row |= {"kl": found.kl, "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
         row |= {"top1_agreement": found.top1_agreement, "text": options.text.name, "tokens": options.tokens, "window": options.window}
         row |= {"kl_own_text": None if own is None else evaluate(compiled, original, own, OWN.length).kl}

@@ -1,7 +1,8 @@
 """Perplexity, and the distance of a compiled model from its reference, on a stretch of text.
 
-The protocol: windows that do not overlap, one at a time; the log-likelihood of every token but the first of its window; the KL divergence
-of the next-token distributions at every position. Softmax in float32, sums in float64.
+The protocol: windows that do not overlap, one at a time, each behind the BOS token if the tokenizer puts that before a text (some models
+are lost without it); the log-likelihood of every token but the first of its window; the KL divergence of the next-token distributions at
+every position. Softmax in float32, sums in float64.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qpc import cache
 from qpc.errors import EvaluationError, ModelError
@@ -28,7 +30,7 @@ class Evaluation:
     perplexity, reference_perplexity: exp of the mean negative log-likelihood per predicted token.
     kl: mean KL(reference || model) in nats per position.
     top1_agreement: share of positions at which both models rank the same token first.
-    tokens: number of tokens read. window: tokens per window.
+    tokens: number of tokens read, but for those put before windows. window: tokens per window.
     """
 
     perplexity: float
@@ -69,18 +71,22 @@ def evaluate(
     window: int = 1024,
     progress: Progress = silent,
     journal: Journal[dict[str, float]] | None = None,
+    bos: int | None = None,
 ) -> Evaluation:
     """Evaluate a causal language model on `tokens`, beside a reference if there is one.
 
     tokens: int64 [n], n >= 2. A last window shorter than `window` counts if it predicts at least one token.
     journal: windows of these models that it holds are not measured again, others are added to it.
+    bos: a token to put before each window that does not begin with it.
     Raises `EvaluationError` for too short a text or window, `ModelError` for logits that are not finite.
     """
     if tokens.ndim != 1 or tokens.numel() < 2:
         raise EvaluationError(f"evaluation needs a row of at least 2 tokens, got shape {tuple(tokens.shape)}; give a longer text")
     if window < 2:
         raise EvaluationError(f"{window=} must be at least 2: the first token of a window is never predicted")
-    windows = [piece for piece in torch.split(tokens, window) if piece.numel() > 1]
+    added = [bos is not None and int(piece[0]) != bos for piece in torch.split(tokens, window)]
+    pieces = [functional.pad(piece, (int(more), 0), value=bos) for piece, more in zip(torch.split(tokens, window), added, strict=True)]
+    windows = [piece for piece in pieces if piece.numel() > 1]
     name: Step = () if journal is None else ("window", fingerprint(model), None if reference is None else fingerprint(reference))
     sums = Sums()
     for piece in track(windows, "evaluate", len(windows), progress):
@@ -97,7 +103,7 @@ def evaluate(
         reference_perplexity=None if reference is None else exp(sums.reference_loss / predicted),
         kl=None if reference is None else sums.divergence / positions,
         top1_agreement=None if reference is None else sums.agreed / positions,
-        tokens=positions,
+        tokens=positions - sum(added),
         window=window,
     )
 
@@ -160,6 +166,12 @@ def likelihood(log_probability: Tensor, targets: Tensor) -> float:
 def exp(mean_loss: float) -> float:
     """Perplexity of a mean loss in nats; infinite where a float cannot hold it."""
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def bos_of(tokenizer: Any, tokens: Tensor) -> int | None:
+    """The BOS token, if the tokenizer put it in front of these tokens of a text."""
+    bos: int | None = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and tokens[0] == bos else None
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> Tensor:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import qpc
 from qpc import terminal
 from qpc.__main__ import main
+from qpc.evaluate import evaluate, first_tokens
+from qpc.integrations.transformers import load_pretrained
 from qpc.terminal import ProgressBars
 from tests.latency.tables import file, of_palette
 
@@ -333,6 +335,9 @@ def test_eval_measures_both_models(run: Run, compiled: Path, tiny_directory: Pat
     assert result["kl"] > 0 and 0 <= result["top1_agreement"] <= 1
     alone = json.loads(run("eval", tiny_directory, "--text", text, "--tokens", "128", "--window", "32", "--json").out)
     assert alone["perplexity"] == pytest.approx(result["reference_perplexity"]) and alone["kl"] is None
+    model, tokenizer = load_pretrained(tiny_directory)
+    ids = first_tokens(tokenizer, text.read_text(), 128)
+    assert alone["perplexity"] == pytest.approx(evaluate(model, None, ids, 32, bos=int(ids[0])).perplexity), "behind the BOS token"
     assert f"{result['kl']:.4f} nats per token" in run(*arguments).out
 
 

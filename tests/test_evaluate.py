@@ -31,23 +31,28 @@ def text(count: int) -> Tensor:
     return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.parametrize("bos", [None, VOCABULARY - 1])
 @pytest.mark.parametrize(("count", "window"), [(64, 16), (70, 16), (65, 16), (3 * CHUNK + 5, 2 * CHUNK + 3), (2, 1024)])
-def test_equals_the_sums_written_out(count: int, window: int) -> None:
+def test_equals_the_sums_written_out(count: int, window: int, bos: int | None) -> None:
     model, reference, tokens = Bigram(1), Bigram(2), text(count)
     mine, theirs = (bigram.table.detach().double().log_softmax(1) for bigram in (model, reference))
     loss: list[float] = []
     divergence: list[float] = []
+    added = 0
     for start in range(0, count, window):
         row = tokens[start : start + window].tolist()
+        if bos is not None and row[0] != bos:
+            row, added = [bos, *row], added + 1
         if len(row) > 1:
             loss += [-float(mine[now, after]) for now, after in pairwise(row)]
             divergence += [float((theirs[now].exp() * (theirs[now] - mine[now])).sum()) for now in row]
-    result = evaluate(model, reference, tokens, window)
+    result = evaluate(model, reference, tokens, window, bos=bos)
     assert result.perplexity == pytest.approx(math.exp(sum(loss) / len(loss)), rel=1e-5)
     assert result.kl == pytest.approx(sum(divergence) / len(divergence), rel=1e-5)
-    assert result.tokens == len(divergence)
-    agreed = (mine.argmax(1) == theirs.argmax(1))[tokens[: result.tokens]].double().mean().item()
-    assert result.top1_agreement == pytest.approx(agreed)
+    assert result.tokens == len(divergence) - added
+    if bos is None:
+        agreed = (mine.argmax(1) == theirs.argmax(1))[tokens[: result.tokens]].double().mean().item()
+        assert result.top1_agreement == pytest.approx(agreed)
 
 
 def test_a_model_agrees_with_itself() -> None:

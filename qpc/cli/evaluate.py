@@ -59,7 +59,7 @@ def evaluate_model(
         raise UsageError("nothing to measure: give --text FILE, --tasks NAMES or both")
     if download:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "0"
-    from qpc.evaluate import evaluate, first_tokens
+    from qpc.evaluate import bos_of, evaluate, first_tokens
     from qpc.integrations.lm_eval import Tasks, measure
 
     asked = None if tasks is None else Tasks.parse(tasks, path=task_path, limit=limit, shots=shots, batch=batch)
@@ -76,7 +76,7 @@ def evaluate_model(
     others: tuple[Score, ...] = ()
     with ProgressBars() as progress:
         if ids is not None:
-            evaluation = evaluate(network, original, ids, window, progress, journal)
+            evaluation = evaluate(network, original, ids, window, progress, journal, bos_of(tokenizer, ids))
         if asked is not None and data is not None:
             scores = measure(network, tokenizer, asked, data, "", progress, journal)
             if original is not None and baseline is not None:
