@@ -1,10 +1,14 @@
 """What several test files share: a tiny language model on disk, with a tokenizer of bytes."""
 
+import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.exports import kept
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["QPC_CACHE"] = ""
@@ -15,6 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing with them")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports_once() -> Iterator[None]:
+    """Models of one structure are exported once in a process."""
+    capture = importlib.import_module("qpc.capture")  # the name in the package is that of the function
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "_export", kept(capture._export))
+        yield
 
 
 @pytest.fixture(scope="session")

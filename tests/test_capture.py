@@ -1,5 +1,7 @@
 import copy
 import logging
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +12,17 @@ from qpc.capture import EMBEDDING, OUTPUT_HEAD, capture
 from qpc.errors import CaptureError, ModelError
 from qpc.ir.stage import Stage
 from qpc.ir.verifier import verify
+from tests.exports import Export, kept
 from tests.families import FAMILIES, PLAIN, captured, decoder, inputs, model, plain_inputs, seeded, tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_export(exports_once: None) -> Iterator[Export]:
+    """Here every export is made, none kept."""
+    module = sys.modules["qpc.capture"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_export", module._export.__wrapped__)
+        yield module._export
 
 
 def expected(name: str, given: tuple[Tensor, ...]) -> Tensor:
@@ -48,6 +60,17 @@ def test_bound_tensors_are_the_live_parameters(name: str) -> None:
     named = dict(model(name).named_parameters(remove_duplicate=False)) | dict(model(name).named_buffers(remove_duplicate=False))
     assert all(bound[placeholder] is named[qualified] for placeholder, qualified in program.tensors.items())
     assert len({id(value) for value in bound.values()}) == len(bound)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3"])
+def test_what_other_tests_keep_of_an_export_is_all_of_it(name: str, real_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = [str(capture(FAMILIES[name]()).graph)]
+    monkeypatch.setattr(sys.modules["qpc.capture"], "_export", kept(real_export))
+    graphs += [str(capture(FAMILIES[name]()).graph) for _ in range(2)]
+    assert graphs[0] == graphs[1] == graphs[2]
+    changed = FAMILIES[name]()
+    changed.forward = lambda input_ids: changed.lm_head(changed.model.embed_tokens(input_ids))  # type: ignore[method-assign]
+    assert str(capture(changed).graph) != graphs[0], "a model of its own kind is exported itself"
 
 
 def test_wrong_number_of_inputs() -> None:
