@@ -49,11 +49,16 @@ class Site:
         return self.out_features if self.split.axis is Axis.ROWS else self.in_features
 
     @property
-    def step(self) -> int:
-        """It can be cut at multiples of this."""
+    def code_step(self) -> int:
+        """Blocks of codes begin at multiples of this."""
         if self.block is None:
             return 1
-        return BLOCK_ROWS if self.split.axis is Axis.ROWS else lcm(BLOCK_COLUMNS, self.block or 1)
+        return BLOCK_ROWS if self.split.axis is Axis.ROWS else BLOCK_COLUMNS
+
+    @property
+    def step(self) -> int:
+        """The axis can be cut at multiples of this."""
+        return self.code_step if self.split.axis is Axis.ROWS else lcm(self.code_step, self.block or 1)
 
     def share(self, ranks: int) -> int:
         """Features of each process but the last ones, which have what is left; equal parts unless the value is whole anyway."""
@@ -67,9 +72,9 @@ class Site:
 class Obstacle(Enum):
     """Why a linear cannot be split in equal parts."""
 
-    NUMBER = "number"
-    ROWS = "rows"
-    ROTATION = "rotation"
+    NUMBER = "no equal parts"
+    CODES = "a block of codes"
+    ROTATION = "blocks of codes and of its rotation"
 
 
 def obstacle(site: Site, ranks: int) -> Obstacle | None:
@@ -77,9 +82,9 @@ def obstacle(site: Site, ranks: int) -> Obstacle | None:
     share = site.size // ranks
     if site.split.whole or (site.size % ranks == 0 and share % lcm(site.step, site.head) == 0):
         return None
-    if site.size % ranks or share % site.head or (site.block is not None and site.split.axis is Axis.COLUMNS and share % BLOCK_COLUMNS):
+    if site.size % ranks or share % site.head:
         return Obstacle.NUMBER
-    return Obstacle.ROWS if site.split.axis is Axis.ROWS else Obstacle.ROTATION
+    return Obstacle.CODES if share % site.code_step else Obstacle.ROTATION
 
 
 def check(sites: Iterable[Site], ranks: int) -> None:
@@ -99,25 +104,33 @@ def _told(site: Site, reason: Obstacle, ranks: int) -> str:
     held = f"{what} {site.split.axis.value}"
     if reason is Obstacle.NUMBER:
         return f"it has {held}, which are no {ranks} equal parts"
-    step = f"a block of codes, {site.step}" if reason is Obstacle.ROWS else f"blocks of codes and of its rotation, {site.step}"
-    return f"of its {held} each would hold {site.size // ranks}, required a multiple of {step}"
+    step = site.code_step if reason is Obstacle.CODES else site.step
+    return f"of its {held} each would hold {site.size // ranks}, required a multiple of {step} ({reason.value})"
 
 
 def _advice(found: Mapping[Site, Obstacle], sites: tuple[Site, ...], ranks: int) -> str:
-    """What to do: take another number of processes, or compile so that this one will do."""
-    advice = []
-    counts = [str(count) for count in range(2, MOST_RANKS + 1) if not any(obstacle(site, count) for site in sites)]
-    if counts:
-        advice.append(f"take {' or '.join(counts)} processes")
+    """What to do: take another number of processes, or compile so that this one will do; else both."""
+    reasons = {count: {reason for site in sites if (reason := obstacle(site, count)) is not None} for count in range(2, MOST_RANKS + 1)}
+    ready = [str(count) for count in reasons if not reasons[count]]
+    possible = [count for count in reasons if Obstacle.NUMBER not in reasons[count]]
+    advice = [f"take {' or '.join(ready)} processes"] if ready else []
     if Obstacle.NUMBER not in found.values():
-        options = []
-        if Obstacle.ROTATION in found.values():
-            widths = (site.size // ranks for site in sites if site.split.axis is Axis.COLUMNS and site.block)
-            options.append(f"--rotation-block {_power_of_two(widths)}")
-        leaves = dict.fromkeys(site.name.rpartition(".")[2] for site, reason in found.items() if reason is Obstacle.ROWS)
-        options += [f"--exclude '*.{leaf}'" for leaf in leaves]
-        advice.append(f"compile again with {' '.join(options)}")
+        advice.append(f"compile again with {_options(found, sites, ranks)}")
+    elif possible and not ready:
+        first = possible[0]
+        others = {site: reason for site in sites if (reason := obstacle(site, first)) is not None}
+        advice.append(f"compile again with {_options(others, sites, first)} and take {first} processes")
     return ", or ".join(advice or ["load it without tp"])
+
+
+def _options(found: Mapping[Site, Obstacle], sites: Iterable[Site], ranks: int) -> str:
+    """Those that make a model that so many processes can share: of the linears that stand in the way, none because of its size."""
+    options = []
+    if Obstacle.ROTATION in found.values():
+        widths = (site.size // ranks for site in sites if site.split.axis is Axis.COLUMNS and site.block)
+        options.append(f"--rotation-block {_power_of_two(widths)}")
+    leaves = dict.fromkeys(site.name.rpartition(".")[2] for site, reason in found.items() if reason is Obstacle.CODES)
+    return " ".join([*options, *(f"--exclude '*.{leaf}'" for leaf in leaves)])
 
 
 def _power_of_two(widths: Iterable[int]) -> int:

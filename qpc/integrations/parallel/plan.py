@@ -43,6 +43,10 @@ STYLES: Mapping[str, Split | None] = {
 """How transformers calls them, in version 5 and in version 4; None for what every process holds as a whole, embeddings among them."""
 
 
+LAYER = re.compile(r"\.\d+(?=\.|$)")
+"""The number of a layer in a name."""
+
+
 def splits_of(model: nn.Module, tied: Iterable[str]) -> dict[str, Split]:
     """How each linear is split, by name; the others are held by every process.
 
@@ -68,6 +72,8 @@ def splits_of(model: nn.Module, tied: Iterable[str]) -> dict[str, Split]:
                 f"the plan of {type(model).__name__} splits {name}, which is no linear with a weight of its own; load it without tp"
             )
         found[name] = split
+    if not any(LAYER.search(name) for name in found):
+        raise ModelError(f"the plan that transformers has for {type(model).__name__} splits none of its layers; load it without tp")
     return found
 
 
@@ -77,7 +83,7 @@ def _matches(model: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, s
     names = dict.fromkeys([name for name, _ in modules] + [name for name, _ in model.named_parameters()])
     general: dict[str, list[str]] = {}
     for name in names:
-        general.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
+        general.setdefault(LAYER.sub(".*", name), []).append(name)
     for pattern, style in plan.items():
         for name in general.get(pattern, []):
             yield name, style
