@@ -99,6 +99,7 @@ def _own(device: torch.device) -> torch.device:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > gpus:
             raise SettingsError(f"{here} processes of this machine need a GPU each, it has {gpus}; start as many as it has")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % gpus)))
     torch.cuda.set_device(device)
     return device
