@@ -126,13 +126,17 @@ def test_what_the_checkpoints_cover(shared: Shared) -> None:
     [
         ("heads", "CheckpointError: model.layers.0.self_attn.q_proj cannot be split over 2 processes: it has 3 heads of 64 rows, which"),
         ("heads", "are no 2 equal parts; compile again with --rotation-block 64 and take 3 processes"),
-        (
-            "rotation",
-            "CheckpointError: model.layers.0.mlp.down_proj cannot be split over 2 processes: of its 256 columns each would hold 128",
-        ),
+        ("rotation", "CheckpointError: model.layers.0.mlp.down_proj cannot be split over 2 processes: of its 256 columns each would"),
         ("rotation", "required a multiple of 256 (blocks of codes and of its rotation); compile again with --rotation-block 128"),
         ("three", "SettingsError: tp=3 is not the number of processes, which is 2"),
         ("axes", "SettingsError: the mesh has 2 axes ('dp', 'tp'), required one"),
+        ("other device", "SettingsError: the mesh is of 'cpu' and the device 'cuda'; load with device='cpu'"),
+        pytest.param(
+            "no GPUs",
+            "SettingsError: 2 processes of this machine need a GPU each, it has 0",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ("transformers", "ModelError: transformers cannot split packed weights; use qpc.load(directory, tp=…)"),
         ("different", "CheckpointError: the processes read different checkpoints"),
         *((f"saving {name}", "CheckpointError: this is one of 2 parts of a model, which cannot be saved") for name in NAMES),
         *((f"saving {name} by transformers", "CheckpointError: this is one of 2 parts of a model") for name in NAMES),

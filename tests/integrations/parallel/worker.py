@@ -4,6 +4,7 @@ Loads its part of every checkpoint in DIRECTORY/good and runs it; tries those in
 `rank0.safetensors` (logits and tokens) and `rank0.json` (bytes, counts and messages).
 """
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
 
 import qpc
 from tests.compiled import TOKENS, logits
@@ -88,8 +90,14 @@ def main(directory: Path, device: str) -> None:
         ("missing in one", directory / "nowhere" if rank else one, 2),
     ]:
         facts["refused"][name] = refusal(lambda place=place, tp=tp: qpc.load(place, device=device, tp=tp))
+    cpus = init_device_mesh("cpu", (2,))
+    facts["refused"]["other device"] = refusal(lambda: qpc.load(one, device="cuda", tp=cpus))
+    facts["refused"]["no GPUs"] = "" if torch.cuda.is_available() else refusal(lambda: qpc.load(one, device="cuda", tp=2))
+    facts["refused"]["transformers"] = refusal(lambda: AutoModelForCausalLM.from_pretrained(one, tp_plan="auto"))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / f"rank{rank}.safetensors")
     (directory / f"rank{rank}.json").write_text(json.dumps(facts))
+    del model
+    gc.collect()  # CUDA graphs of steps hold collectives, and NCCL waits for them
     dist.destroy_process_group()
 
 
