@@ -68,11 +68,11 @@ class Stored:
         return self.stop - self.start
 
     def outline(self) -> Tensor:
-        """A tensor of its shape and dtype without values. Raises `CheckpointError` for a dtype that no checkpoint has."""
-        dtype = next((dtype for dtype, name in DTYPES.items() if name == self.dtype), None)
-        if dtype is None:
-            raise CheckpointError(f"{self.file} holds a tensor of the unknown dtype {self.dtype}; the checkpoint is damaged")
-        return torch.empty(self.shape, dtype=dtype, device="meta")
+        """A tensor of its shape and dtype without values. Raises `CheckpointError` for those that no checkpoint has."""
+        try:
+            return torch.empty(self.shape, dtype={name: dtype for dtype, name in DTYPES.items()}[self.dtype], device="meta")
+        except (LookupError, RuntimeError, OverflowError):
+            raise CheckpointError(f"{self.file} holds a {self.dtype} tensor of shape {self.shape}; the checkpoint is damaged") from None
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes in order, piece by piece. Raises `OSError` if the file ends before."""

@@ -98,13 +98,14 @@ def load(
     """
     chosen = Runtime.parse(runtime)
     if tp is not None:
-        from qpc.integrations.parallel.loading import load_part
         from qpc.integrations.parallel.processes import join
 
-        if chosen is Runtime.TENSORRT:
-            raise SettingsError(f"runtime={str(chosen)!r} does not run parts of a model; load it without tp")
         joined = join(tp, device)
         if joined is not None:
+            if chosen is Runtime.TENSORRT:
+                raise SettingsError(f"runtime={str(chosen)!r} does not run parts of a model; load it without tp")
+            from qpc.integrations.parallel.loading import load_part
+
             return adopted(load_part(directory, model, *joined, verify))
     checkpoint.read_manifest(directory)
     result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device, verify=verify))

@@ -49,6 +49,7 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rotation": ("Llama", {}, {"exclude": ["*self_attn*", "*gate_proj", "*up_proj"]}),
 }
 NAMES = sorted(GOOD)
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 class Shared(NamedTuple):
@@ -131,12 +132,9 @@ def test_what_the_checkpoints_cover(shared: Shared) -> None:
         ("three", "SettingsError: tp=3 is not the number of processes, which is 2"),
         ("axes", "SettingsError: the mesh has 2 axes ('dp', 'tp'), required one"),
         ("other device", "SettingsError: the mesh is of 'cpu' and the device 'cuda'; load with device='cpu'"),
-        pytest.param(
-            "no GPUs",
-            "SettingsError: 2 processes of this machine need a GPU each, it has 0",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-        ("transformers", "ModelError: transformers cannot split packed weights; use qpc.load(directory, tp=…)"),
+        pytest.param("no GPUs", "SettingsError: 2 processes of this machine need a GPU each, it has 0", marks=WITHOUT_GPU),
+        pytest.param("transformers", "ModelError: transformers cannot split packed weights; use qpc.load(", marks=WITHOUT_GPU),
+        ("runtime", "SettingsError: runtime='tensorrt' does not run parts of a model"),
         ("different", "CheckpointError: the processes read different checkpoints"),
         *((f"saving {name}", "CheckpointError: this is one of 2 parts of a model, which cannot be saved") for name in NAMES),
         *((f"saving {name} by transformers", "CheckpointError: this is one of 2 parts of a model") for name in NAMES),
@@ -166,8 +164,3 @@ def test_nobody_waits_for_a_process_that_failed(shared: Shared) -> None:
 def test_processes_that_are_not_there(tp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         qpc.load(tmp_path, tp=tp)
-
-
-def test_one_runtime_splits(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="runtime='tensorrt' does not run parts of a model"):
-        qpc.load(tmp_path, tp=2, runtime="tensorrt")

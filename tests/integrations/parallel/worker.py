@@ -67,11 +67,14 @@ def refusal(action: Callable[[], object]) -> str:
 def main(directory: Path, device: str) -> None:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"refused": {}}
-    ways = iter(["auto", 2, None])
-    for place in sorted((directory / "good").iterdir()):
-        name, way = place.name, next(ways)
-        mesh = init_device_mesh(device, (2,)) if way is None else way
-        model = qpc.load(place, device=device, tp=mesh, verify=way == 2)
+
+    def load(place: Path, tp: object, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: qpc.load(place, tp=tp, **{"device": device} | options)
+
+    good, bad = (sorted((directory / kind).iterdir()) for kind in ("good", "bad"))
+    for place, way in zip(good, ("auto", 2, None), strict=True):
+        name = place.name
+        model = load(place, way or init_device_mesh(device, (2,)), verify=way == 2)()
         tensors[f"{name}.logits"] = logits(model).cpu()
         if name == "llama":
             graph, facts[f"{name}.operators"] = traced(model)
@@ -80,23 +83,22 @@ def main(directory: Path, device: str) -> None:
         facts[f"{name}.bytes"], facts[f"{name}.codes"] = stored_bytes(model), code_bytes(model)
         facts["refused"][f"saving {name}"] = refusal(lambda model=model: qpc.save(model, directory / "saved"))
         facts["refused"][f"saving {name} by transformers"] = refusal(lambda model=model: model.save_pretrained(directory / "saved"))
-    rank = dist.get_rank()
-    one, other = sorted((directory / "good").iterdir())[:2]
-    for name, place, tp in [
-        *((place.name, place, 2) for place in (directory / "bad").iterdir()),
-        ("three", one, 3),
-        ("axes", one, init_device_mesh(device, (1, 2), mesh_dim_names=("dp", "tp"))),
-        ("different", other if rank else one, 2),
-        ("missing in one", directory / "nowhere" if rank else one, 2),
-    ]:
-        facts["refused"][name] = refusal(lambda place=place, tp=tp: qpc.load(place, device=device, tp=tp))
-    cpus = init_device_mesh("cpu", (2,))
-    facts["refused"]["other device"] = refusal(lambda: qpc.load(one, device="cuda", tp=cpus))
-    facts["refused"]["no GPUs"] = "" if torch.cuda.is_available() else refusal(lambda: qpc.load(one, device="cuda", tp=2))
-    facts["refused"]["transformers"] = refusal(lambda: AutoModelForCausalLM.from_pretrained(one, tp_plan="auto"))
+    del model
+    rank, one = dist.get_rank(), good[0]
+    attempts = {place.name: load(place, 2) for place in bad} | {
+        "three": load(one, 3),
+        "axes": load(one, init_device_mesh(device, (1, 2), mesh_dim_names=("dp", "tp"))),
+        "other device": load(one, init_device_mesh("cpu", (2,)), device="cuda"),
+        "runtime": load(one, 2, runtime="tensorrt"),
+        "different": load(good[rank], 2),
+        "missing in one": load(directory / "nowhere" if rank else one, 2),
+    }
+    if not torch.cuda.is_available():
+        attempts["no GPUs"] = load(one, 2, device="cuda")
+        attempts["transformers"] = lambda: AutoModelForCausalLM.from_pretrained(one, tp_plan="auto")
+    facts["refused"] |= {name: refusal(attempt) for name, attempt in attempts.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / f"rank{rank}.safetensors")
     (directory / f"rank{rank}.json").write_text(json.dumps(facts))
-    del model
     gc.collect()  # CUDA graphs of steps hold collectives, and NCCL waits for them
     dist.destroy_process_group()
 
