@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qpc.checkpoint import regroup
 from qpc.errors import CheckpointError, ModelError
 from qpc.integrations.parallel.parts import Part, Site, check
 from qpc.integrations.parallel.plan import Axis, Split, splits_of
 from qpc.kernels.linear import QuantizedLinear
 from qpc.quant.mixed import MixedRateQuantizer
 from qpc.quant.trellis import TrellisQuantizer
+from qpc.report import Report, ReportRow
 from tests.families import FAMILIES
 from tests.mixtures import MIXTURES, STACKED
 from tests.quant.coded import coded
@@ -72,6 +74,19 @@ def test_parts_make_the_whole(make: Any, split: Split, ranks: int) -> None:
     products: list[Tensor] = [held(linear, part)(x[..., part.columns.start : part.columns.stop]) for part in parts]
     joined = torch.cat(products, dim=-1) if split.axis is Axis.ROWS else sum(products)
     torch.testing.assert_close(joined, linear(x), rtol=1e-4, atol=1e-3)
+
+
+def test_members_that_hold_other_columns_are_no_group() -> None:
+    model = nn.ModuleDict({name: packed(128, 128) for name in "abcd"})
+    model["b"].narrow(range(128), range(64))
+    rows = [
+        ReportRow(name, 128, 128, str(MIXED), 2.25, 4608, None, None, None, group, None)
+        for group in (("a", "b"), ("c", "d"))
+        for name in group
+    ]
+    regroup(model, Report(tuple(rows), (), "2.25", 0, "fast", None, 0, 0, None, None))
+    assert model["a"].group is None and model["b"].group is None
+    assert model["c"].group is model["d"].group is not None
 
 
 def test_few_rows_stay_whole() -> None:
