@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,14 +42,6 @@ GOOD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 """Biases on every axis, groups and mixed rates; outputs that are gathered in unequal parts; gains, ties and packed tables."""
 
-BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "heads": (
-        "Llama",
-        {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 3, "num_key_value_heads": 3},
-        {"exclude": ["*mlp*"]},
-    ),
-    "rotation": ("Llama", {}, {"exclude": ["*self_attn*", "*gate_proj", "*up_proj"]}),
-}
 NAMES = sorted(GOOD)
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -61,15 +55,23 @@ class Shared(NamedTuple):
     facts: list[dict[str, Any]]
 
 
+def change(source: Path, target: Path, name: str, edit: Callable[[Any], Any]) -> None:
+    """A copy of a checkpoint with another value in one of its JSON files."""
+    shutil.copytree(source, target)
+    (target / name).write_text(json.dumps(edit(json.loads((target / name).read_text()))))
+
+
 @pytest.fixture(
     scope="module",
     params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
 )
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
     directory: Path = tmp_path_factory.mktemp("parallel")
-    for kind, models in (("good", GOOD), ("bad", BAD)):
-        for name, (architecture, shape, options) in models.items():
-            qpc.save(qpc.compile(decoder(architecture, **SIZES | shape), BUDGET, **OPTIONS, **options), directory / kind / name)
+    for name, (architecture, shape, options) in GOOD.items():
+        qpc.save(qpc.compile(decoder(architecture, **SIZES | shape), BUDGET, **OPTIONS, **options), directory / "good" / name)
+    llama, heads, rotation = (directory / place for place in ("good/llama", "bad/heads", "bad/rotation"))
+    change(llama, heads, "config.json", lambda config: config | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128})
+    change(llama, rotation, "qpc.json", lambda manifest: manifest["linears"]["model.layers.0.mlp.down_proj"].update(block=256) or manifest)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*launch, "tests.integrations.parallel.worker", str(directory), request.param]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -125,8 +127,10 @@ def test_what_the_checkpoints_cover(shared: Shared) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("heads", "CheckpointError: model.layers.0.self_attn.q_proj cannot be split over 2 processes: it has 3 heads of 64 rows, which"),
-        ("heads", "are no 2 equal parts; compile again with --rotation-block 64 and take 3 processes"),
+        (
+            "heads",
+            "CheckpointError: model.layers.0.self_attn.k_proj cannot be split over 2 processes: it has 1 heads of 128 rows, which are no",
+        ),
         ("rotation", "CheckpointError: model.layers.0.mlp.down_proj cannot be split over 2 processes: of its 256 columns each would"),
         ("rotation", "required a multiple of 256 (blocks of codes and of its rotation); compile again with --rotation-block 128"),
         ("three", "SettingsError: tp=3 is not the number of processes, which is 2"),

@@ -127,6 +127,22 @@ def test_obstacles(linear: nn.Module, head_dim: int | None, split: Split, messag
         check([Site.of(Block(linear, head_dim), "proj", split)], 2)
 
 
+def test_another_number_may_need_another_rotation() -> None:
+    """As in SmolLM2: nine heads, and rotations of whole rows."""
+    sites = [
+        Site.of(Block(packed(576, 64), 64), "proj", ROWS),
+        Site.of(Block(packed(64, 576, 576), 64), "proj", COLUMNS),
+        Site.of(Block(packed(64, 1536, 1536)), "proj", COLUMNS),
+    ]
+    with pytest.raises(CheckpointError, match=r"no 2 equal parts; compile again with --rotation-block 64 and take 3 processes$"):
+        check(sites, 2)
+    with pytest.raises(
+        CheckpointError, match=r"of its 9 heads of 64 columns each would hold 192, required a multiple of 576 .* --rotation-block 64$"
+    ):
+        check(sites, 3)
+    check([Site.of(Block(packed(64, size), head), "proj", COLUMNS) for size, head in ((576, 64), (1536, None))], 3)
+
+
 def test_a_plan_is_that_of_the_family() -> None:
     model = FAMILIES["phi3"]()
     found = {name.removeprefix("model.layers.0."): split for name, split in splits_of(model, ()).items() if "layers.1" not in name}
