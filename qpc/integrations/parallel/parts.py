@@ -100,7 +100,8 @@ def check(sites: Iterable[Site], ranks: int) -> None:
 
 
 def _told(site: Site, reason: Obstacle, ranks: int) -> str:
-    what = f"{site.size // site.head} heads of {site.head}" if site.head > 1 else f"{site.size}"
+    heads = site.size // site.head
+    what = f"{heads} head{'' if heads == 1 else 's'} of {site.head}" if site.head > 1 else str(site.size)
     held = f"{what} {site.split.axis.value}"
     if reason is Obstacle.NUMBER:
         return f"it has {held}, which are no {ranks} equal parts"

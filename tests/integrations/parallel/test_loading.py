@@ -129,7 +129,7 @@ def test_what_the_checkpoints_cover(shared: Shared) -> None:
     [
         (
             "heads",
-            "CheckpointError: model.layers.0.self_attn.k_proj cannot be split over 2 processes: it has 1 heads of 128 rows, which are no",
+            "CheckpointError: model.layers.0.self_attn.k_proj cannot be split over 2 processes: it has 1 head of 128 rows, which are no",
         ),
         ("rotation", "CheckpointError: model.layers.0.mlp.down_proj cannot be split over 2 processes: of its 256 columns each would"),
         ("rotation", "required a multiple of 256 (blocks of codes and of its rotation); compile again with --rotation-block 128"),
