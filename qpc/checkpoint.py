@@ -60,9 +60,20 @@ def write(model: nn.Module, directory: Path, shard_bytes: int = SHARD_BYTES) -> 
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint of the model, by name; those that share their memory are there once."""
+    """The tensors of a checkpoint of the model, by name; those that share their memory are there once.
+
+    Raises `CheckpointError` if the model is a part of one.
+    """
+    check_whole(model)
     tensors, _ = _distinct(model.state_dict(keep_vars=True))
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise `CheckpointError` if other processes hold parts of a model."""
+    ranks = getattr(model, "qpc_ranks", 1)
+    if ranks > 1:
+        raise CheckpointError(f"this is one of {ranks} parts of a model, which cannot be saved; load it without tp and save that")
 
 
 def write_manifest(model: nn.Module, directory: Path, checksums: Mapping[str, str] | None = None) -> None:
@@ -182,7 +193,13 @@ def read_tensors(
 
     Raises `CheckpointError` if a tensor is missing, unknown, of another shape, or, where it is packed, of another dtype.
     """
-    tensors = tensor_files.read(directory, device)
+    return fitting(model, manifest, tensor_files.read(directory, device), directory)
+
+
+def fitting(
+    model: nn.Module, manifest: Mapping[str, Any], tensors: dict[str, Tensor], directory: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """Stored tensors, also under the names that share one. Raises `CheckpointError` as `read_tensors` does."""
     for alias, name in manifest["aliases"].items():
         if name not in tensors:
             raise CheckpointError(f"{alias} shares the tensor {name}, which {directory} lacks; the checkpoint is damaged")
@@ -222,7 +239,8 @@ def regroup(model: nn.Module, plan: Report) -> None:
         devices = sorted({str(linear.scales.device) for linear in linears})
         if len(devices) > 1:
             raise CheckpointError(f"{', '.join(members)} are one weight, and cannot be on {' and '.join(devices)}; put them on one device")
-        join(linears)
+        if len({(linear.in_features, linear.quantizer) for linear in linears}) == 1:  # a part of a model may hold other columns of each
+            join(linears)
     share_signs(module for module in model.modules() if isinstance(module, PackedModule))
 
 

@@ -67,6 +67,13 @@ class Stored:
         """Bytes of the tensor."""
         return self.stop - self.start
 
+    def outline(self) -> Tensor:
+        """A tensor of its shape and dtype without values. Raises `CheckpointError` for those that no checkpoint has."""
+        try:
+            return torch.empty(self.shape, dtype={name: dtype for dtype, name in DTYPES.items()}[self.dtype], device="meta")
+        except (LookupError, RuntimeError, OverflowError):
+            raise CheckpointError(f"{self.file} holds a {self.dtype} tensor of shape {self.shape}; the checkpoint is damaged") from None
+
     def pieces(self) -> Iterator[bytes]:
         """Its bytes in order, piece by piece. Raises `OSError` if the file ends before."""
         with self.file.open("rb") as file:
@@ -206,15 +213,40 @@ def read(directory: str | os.PathLike[str], device: torch.device | str = "cpu") 
     return found
 
 
-def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def read_parts(
+    directory: str | os.PathLike[str], places: Mapping[str, tuple[slice, ...]], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A part of each of some tensors of a checkpoint, by name; nothing else is read.
+
+    places: where the part lies, a slice for each of the first axes; an empty place is the whole tensor.
+    Raises `CheckpointError` for files that are missing or damaged, and for a tensor that is in none of them.
+    """
+    found: dict[str, Tensor] = {}
+    for path in files(directory):
+        found |= _read_file(path, device, places)
+    _check_complete(Path(directory), places, found)
+    return found
+
+
+def _read_file(path: Path, device: torch.device | str, places: Mapping[str, tuple[slice, ...]] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, or of those that have a place what lies there."""
     try:
         require_regular(path)
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = file.keys()
+            if places is None:
+                return {name: file.get_tensor(name) for name in names}
+            return {name: _part(file, name, places[name]) for name in names if name in places}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is cut short or damaged") from error
+
+
+def _part(file: Any, name: str, place: tuple[slice, ...]) -> Tensor:
+    """A tensor of its own: what safetensors gives is a view of the whole one."""
+    part: Tensor = file.get_slice(name)[place] if place else file.get_tensor(name)
+    return part.clone(memory_format=torch.contiguous_format) if place else part
 
 
 def _check_complete(path: Path, wanted: Iterable[str], found: Mapping[str, object]) -> None:

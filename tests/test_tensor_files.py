@@ -1,5 +1,6 @@
 """Files of tensors: the same bytes as safetensors writes, cut where they should be, read piece by piece as a whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,32 @@ def test_the_index_names_every_tensor(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert {path.name for path in tensor_files.files(tmp_path)} == set(cut) and len(cut) == 2
     assert load_file(tmp_path / next(iter(cut))).keys() == {"a", "b"}
+
+
+def test_parts_are_read_without_the_rest(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    codes, scales = torch.randint(99, (6, 5, 4), generator=draw, dtype=torch.int32), torch.rand(64, generator=draw).bfloat16()
+    tensors = {"codes": codes, "scales": scales, "signs": torch.empty(0, dtype=torch.uint8), "other": torch.zeros(3)}
+    cut = tensor_files.shards(tensors, 128)
+    for file, shard in cut.items():
+        save_file(shard, tmp_path / file)
+    tensor_files.write_index(tmp_path, cut)
+    places = {"codes": (slice(2, 4), slice(1, 3)), "scales": (slice(16, 32),), "signs": (slice(None),)}
+    found = tensor_files.read_parts(tmp_path, places)
+    assert len(cut) > 1 and found.keys() == places.keys()
+    for name, place in places.items():
+        assert torch.equal(found[name], tensors[name][place])
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes, "the rest is not kept in memory"
+    assert torch.equal(tensor_files.read_parts(tmp_path, {"codes": ()})["codes"], codes)
+    with pytest.raises(CheckpointError, match="lacks the tensor weight"):
+        tensor_files.read_parts(tmp_path, {"weight": (slice(1),)})
+
+
+def test_an_outline_has_the_shape_and_dtype(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / tensor_files.TENSORS)
+    (stored,) = tensor_files.headers(tmp_path).values()
+    outline = stored.outline()
+    assert (outline.shape, outline.dtype, outline.device.type) == ((2, 3), torch.bfloat16, "meta")
+    for damaged in (replace(stored, dtype="F4"), replace(stored, shape=(-1, 3)), replace(stored, shape=(1 << 62, 1 << 62))):
+        with pytest.raises(CheckpointError, match=r"holds a \w+ tensor of shape .*; the checkpoint is damaged"):
+            damaged.outline()

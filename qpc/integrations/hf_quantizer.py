@@ -74,6 +74,8 @@ class QPaletteHfQuantizer(HfQuantizer):
         from qpc import checkpoint
         from qpc.compiler import compile
 
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ModelError("transformers cannot split packed weights; use qpc.load(directory, tp=…) for tensor parallelism")
         if self.pre_quantized:
             for module in packed_modules(model).values():
                 vars(module).pop("weight", None)
@@ -178,6 +180,9 @@ def adopt(model: nn.Module) -> nn.Module:
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """What `save_pretrained` of the model's class does, with the manifest beside the tensors, and these under the names that it has."""
+    from qpc.checkpoint import check_whole
+
+    check_whole(model)
     save = type(model).save_pretrained
     if "save_original_format" in signature(save).parameters:
         kwargs.setdefault("save_original_format", False)

@@ -4,19 +4,23 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qpc import checkpoint
 from qpc.compiler import report_of
+from qpc.errors import SettingsError
 from qpc.integrations import transformers as hf
 from qpc.integrations.compilation import adopted
 from qpc.integrations.model_card import CARD, model_card
 from qpc.integrations.tensorrt import Runtime, attach
 from qpc.output_directory import replacing
 from qpc.tensor_files import SHARD_BYTES
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def save(
@@ -79,16 +83,30 @@ def load(
     device: torch.device | str = "cpu",
     runtime: Runtime | str = Runtime.PYTORCH,
     verify: bool = False,
+    tp: "int | str | DeviceMesh | None" = None,
 ) -> nn.Module:
-    """Read a compiled model.
+    """Read a compiled model, or a part of one.
 
     model: for modules that are not of transformers, a fresh one of the same class; its linears are replaced in place.
     runtime: what runs the operators that are not of qpc: "pytorch", or "tensorrt", which needs torch_tensorrt and a GPU.
     verify: check every tensor by its checksum, as `qpc.verify` does; takes about as long again as reading.
+    tp: how many processes share the model by tensor parallelism, "auto" for as many as there are, or their mesh of one axis; each of them
+        must call this. With torchrun nothing else is needed. "cuda" is then the GPU of the process.
     Raises `CheckpointError` if the checkpoint is missing, damaged, of an unknown version, or does not fit the model; `SettingsError` if the
-    runtime is unknown or cannot be had.
+    runtime is unknown or cannot be had. With tp also `SettingsError` if the processes are not there, `ModelError` if the model has no plan
+    to be split by, `CheckpointError` if its packed weights cannot be split by it.
     """
     chosen = Runtime.parse(runtime)
+    if tp is not None:
+        from qpc.integrations.parallel.processes import join
+
+        joined = join(tp, device)
+        if joined is not None:
+            if chosen is Runtime.TENSORRT:
+                raise SettingsError(f"runtime={str(chosen)!r} does not run parts of a model; load it without tp")
+            from qpc.integrations.parallel.loading import load_part
+
+            return adopted(load_part(directory, model, *joined, verify))
     checkpoint.read_manifest(directory)
     result = adopted(checkpoint.read_into(hf.skeleton(Path(directory)) if model is None else model, directory, device, verify=verify))
     return attach(result) if chosen is Runtime.TENSORRT else result

@@ -16,6 +16,7 @@ from qpc.kernels.packed_module import PackedModule
 from qpc.kernels.row_group import RowGroup
 from qpc.quant.quantizer import PackedWeight, Quantizer
 from qpc.quant.scalar import ScalarQuantizer
+from qpc.quant.shard import shard_of
 from qpc.quant.trellis import TrellisQuantizer
 from qpc.quant.vector import VectorQuantizer
 
@@ -64,6 +65,18 @@ class QuantizedLinear(PackedModule):
         """A module that shares the tensors of `packed`."""
         block = packed.rotation.block if packed.rotation else 0
         return QuantizedLinear(packed.out_features, packed.in_features, packed.quantizer, block, bias).take(packed)
+
+    def narrow(self, rows: range, columns: range) -> None:
+        """Become a linear of a range of the rows and columns, with the bias of these rows. Raises `QuantizerError` as `Shard` does.
+
+        For a linear that is in no group yet. The tensors are views of what they were.
+        """
+        assert self.group is None, "a member of a group cannot change its rows by itself"
+        held, bias = shard_of(self.packed, rows, columns), self.bias
+        if bias is not None:
+            bias = nn.Parameter(bias[rows.start : rows.stop], requires_grad=False)
+        QuantizedLinear.__init__(self, held.out_features, held.in_features, held.quantizer, self.block, bias)
+        self.take(held)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""

@@ -61,15 +61,19 @@ class Shard:
         (high, width), (low, rest) = held
         return MixedRateQuantizer(low, high, Fraction(width, width + rest))
 
-    def cut(self, leaf: str, tensor: Tensor) -> Tensor:
-        """The range of a stored tensor of the whole weight, as a view. leaf: its name, as in `PackedModule`."""
+    def place(self, leaf: str) -> tuple[slice, ...]:
+        """Where the range lies in a stored tensor of the whole weight. leaf: its name, as in `PackedModule`."""
         blocks = slice(self.rows.start // BLOCK_ROWS, row_blocks(self.rows.stop))
         if leaf == "scales":
-            return tensor[blocks.start * BLOCK_ROWS : blocks.stop * BLOCK_ROWS]
+            return (slice(blocks.start * BLOCK_ROWS, blocks.stop * BLOCK_ROWS),)
         if leaf == "signs":
-            return tensor[self.columns.start // 8 : Rotation.bytes_for(self.columns.stop)] if self.block else tensor
+            return (slice(self.columns.start // 8, Rotation.bytes_for(self.columns.stop)) if self.block else slice(None),)
         _, columns = self.parts[int(leaf.removeprefix("codes"))]
-        return tensor[blocks, columns]
+        return blocks, columns
+
+    def cut(self, leaf: str, tensor: Tensor) -> Tensor:
+        """The range of a stored tensor of the whole weight, as a view. leaf: as for `place`."""
+        return tensor[self.place(leaf)]
 
 
 def shard_of(packed: PackedWeight, rows: range, columns: range) -> PackedWeight:
