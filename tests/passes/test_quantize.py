@@ -14,7 +14,8 @@ from qpc.moments import MomentStream
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.feedbacks import by_input, sign_owners
 from qpc.passes.fusion import Fusion
-from qpc.passes.quantize import Quantize, excess_kurtosis, relative_error
+from qpc.passes.packing import excess_kurtosis, relative_error
+from qpc.passes.quantize import Quantize
 from qpc.quant.moment import Moment
 from qpc.quant.scalar import ScalarQuantizer
 from tests.families import grouped
