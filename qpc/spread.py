@@ -55,7 +55,9 @@ class Here:
 
     def __call__(self, function: Callable[[A], R], items: Iterable[tuple[K, A]]) -> Iterator[tuple[K, R]]:
         for key, item in items:
-            yield key, function(item)
+            result = function(item)
+            del item  # memory for the next
+            yield key, result
 
 
 HERE = Here()

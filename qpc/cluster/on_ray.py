@@ -176,8 +176,8 @@ class _Tasks(Generic[K]):
             raise ClusterError(f"{reason}; see the logs of Ray, and whether its machines have enough memory") from error
 
     def cancel(self) -> None:
-        """Leave what is under way."""
-        for task in self.running:
+        """Leave what is under way, unless Ray has ended before."""
+        for task in self.running if self._ray.is_initialized() else ():
             with suppress(self._ray.exceptions.RayError):
                 self._ray.cancel(task)
 

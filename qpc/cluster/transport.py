@@ -31,7 +31,9 @@ class Shipped:
 
     def arrived(self, device: torch.device) -> Tensor:
         """The tensor, in memory of its own."""
-        return torch.from_numpy(self.content.copy()).view(self.dtype).reshape(self.shape).to(device)
+        made = torch.empty(self.shape, dtype=self.dtype)
+        made.view(-1).view(torch.uint8).numpy()[:] = self.content
+        return made.to(device)
 
 
 @dataclass(frozen=True)

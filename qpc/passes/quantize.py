@@ -101,8 +101,8 @@ class Quantize(Pass):
         yield from (None for _ in shelved)
         turns = ([job for job in jobs if job.weight not in shelved] for jobs in feedbacks.in_turn(stream))
         student = None if lessons is None else lessons.student
-        for stage in self._stages(program, turns, lessons):
-            for jobs, found in self.spread(pack, ((jobs, _order(program, jobs, student)) for jobs in stage)):
+        for stage in self._stages(turns, lessons):
+            for jobs, found in self.spread(pack, _orders(program, stage, student)):
                 for job, (packed, facts) in zip(jobs, found, strict=True):
                     packed = replace(packed, rotation=job.rotation).to(program.home(job.weight))
                     if stream is not None and self.sequential:
@@ -123,14 +123,15 @@ class Quantize(Pass):
                     _record(program, job, _hollow(job), facts)
                     yield job.weight
 
-    def _stages(self, program: Program, turns: Iterator[list[Job]], lessons: Lessons | None) -> Iterator[Iterator[list[Job]]]:
+    def _stages(self, turns: Iterator[list[Job]], lessons: Lessons | None) -> Iterator[Iterator[list[Job]]]:
         """Weights that may be packed in any order, those of one list together; each stage is over before the next is asked for."""
+        waits = self.sequential and self.samples is not None
         while (first := next(turns, None)) is not None:
-            yield self._together(program, _until_lesson(chain([first], () if self.sequential else turns), lessons))
+            yield self._together(_until_lesson(chain([first], () if waits else turns), lessons))
             if lessons is not None and lessons.due:
                 lessons.teach()
 
-    def _together(self, program: Program, turns: Iterable[list[Job]]) -> Iterator[list[Job]]:
+    def _together(self, turns: Iterable[list[Job]]) -> Iterator[list[Job]]:
         """Weights of one quantizer and width, of as many inputs as memory allows, if they are not to be packed one by one."""
         most = WAITING_BYTES if self.spread.together is None else self.spread.together
         if self.shelf is not None or most == 0:
@@ -162,6 +163,15 @@ def _alike(jobs: Iterable[Job]) -> list[list[Job]]:
         first = job.sites[0]
         found.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
     return list(found.values())
+
+
+def _orders(program: Program, stage: Iterable[list[Job]], student: Student | None) -> Iterator[tuple[list[Job], Order]]:
+    """What is to be packed, and for which jobs; their feedback is left out, so that nothing keeps it once it has been used."""
+    for jobs in stage:
+        bare, order = [replace(job, feedback=None) for job in jobs], _order(program, jobs, student)
+        del jobs
+        yield bare, order
+        del order
 
 
 def _order(program: Program, jobs: list[Job], student: Student | None) -> Order:

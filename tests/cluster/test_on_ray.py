@@ -1,0 +1,185 @@
+"""A cluster of two nodes, of which one dies on the way: the bytes are those of a run without any cluster."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import qpc
+from qpc.__main__ import main
+from qpc.cluster import conditions, on_ray
+from qpc.cluster.on_ray import AHEAD, STORE_SHARE, RayWorkers, parse
+from qpc.errors import ClusterError, QuantizerError, SettingsError
+from qpc.passes.packing import Order, Parcel, excess_kurtosis, pack
+from qpc.progress import Progress
+from qpc.quant.scalar import ScalarQuantizer
+from tests import interrupted
+from tests.families import decoder
+from tests.test_streaming import given, sensitivities
+
+ray = pytest.importorskip("ray", reason="Ray has no wheel for this Python")
+
+BUDGET = interrupted.BUDGET
+STORE_BYTES = 100 << 20
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Machines:
+    """Two nodes of one core each, of which the second may be lost."""
+
+    cluster: Any
+    second: Any
+
+    def lose(self) -> None:
+        """Kill a node, with all its processes."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def kill_a_worker(self) -> None:
+        """Halt a process that runs tasks, so that it surely has one, and kill it a little later."""
+        processes = psutil.Process().children(recursive=True)
+        worker = next(process for process in processes if " ".join(process.cmdline()).startswith(("ray::IDLE", "ray::_evaluate")))
+        worker.suspend()
+        Timer(1, worker.kill).start()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return decoder("Llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def directory(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with sensitivities."""
+    path = tmp_path_factory.mktemp("ray") / "model"
+    model.save_pretrained(path, max_shard_size="100KB")
+    (path / "sensitivities.json").write_text(sensitivities(model).to_json())
+    return path
+
+
+def at(task: str, done: int, event: Any) -> Progress:
+    """A progress at which something happens."""
+
+    def progress(now: str, count: int, total: int) -> None:
+        if (now, count) == (task, done):
+            event()
+
+    return progress
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_without_a_cluster_the_command_says_how_to_start_one(
+    tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    for address in ("auto", "127.0.0.1:9"):
+        with pytest.raises(SystemExit) as caught:
+            main(["compile", str(tiny_directory), "-o", str(tmp_path / "out"), "--bits", "3", "--ray", address])
+        assert caught.value.code == 2
+        assert "nothing answers at 127.0.0.1:9" in (told := capsys.readouterr().err) and "ray start --head" in told
+
+
+@pytest.mark.parametrize("address", ["", 5, "nowhere"])
+def test_what_is_no_address_is_refused(address: object) -> None:
+    with pytest.raises(SettingsError, match="ray"):
+        parse(address)
+
+
+def test_without_ray_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match=r"pip install 'qpc\[ray\]'"):
+        qpc.compile(nn.Linear(64, 64), 3, ray="auto")
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    found = Machines(cluster, cluster.add_node(**node))
+    handler = signal.getsignal(signal.SIGTERM)
+    parse(cluster.address)
+    assert signal.getsignal(signal.SIGTERM) == handler, "how a command ends stays as it was"
+    yield found
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_worker_that_is_killed_changes_no_byte(machines: Machines, model: nn.Module, tmp_path: Path) -> None:
+    """Calibrated, in memory, with embeddings."""
+    options: dict[str, Any] = {"effort": "fast", "calibration": torch.arange(400).reshape(20, 20) % 60, "embeddings": 3}
+    local = qpc.compile(model, BUDGET, **options)
+    killed: list[bool] = []
+
+    def kill() -> None:
+        machines.kill_a_worker()
+        killed.append(True)
+
+    spread = qpc.compile(model, BUDGET, ray=machines.cluster.address, progress=at("quantize", 1, kill), **options)
+    assert killed and qpc.report_of(spread) == qpc.report_of(local)
+    qpc.save(local, tmp_path / "local")
+    qpc.save(spread, tmp_path / "spread")
+    assert interrupted.equal(tmp_path / "local", tmp_path / "spread")
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "most"), [(30, (64, 64), AHEAD * 2), (8, (1200, 4000), int(STORE_SHARE * STORE_BYTES) // 19_200_000)]
+)
+def test_items_wait_until_there_is_room(count: int, shape: tuple[int, ...], most: int, machines: Machines) -> None:
+    """No more tasks are under way than workers can soon begin, and their tensors leave half of the object store free."""
+    sent, ahead, keys = 0, [], []
+
+    def items() -> Iterator[tuple[int, torch.Tensor]]:
+        nonlocal sent
+        for number in range(count):
+            sent += 1
+            ahead.append(sent - len(keys))
+            yield number, torch.randn(shape)
+
+    for key, kurtosis in RayWorkers().on(CPU)(excess_kurtosis, items()):
+        assert abs(kurtosis) < 1
+        keys.append(key)
+    assert sorted(keys) == list(range(count))
+    assert max(ahead) == most + 1, "one more is made, and waits here"
+
+
+def test_errors_of_a_task_are_those_of_the_function(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = RayWorkers().on(CPU)
+    order = Order(ScalarQuantizer(4), (Parcel(torch.full((64, 64), torch.nan), False, None),))
+    with pytest.raises(QuantizerError, match="NaN or infinity"):
+        list(workers(pack, [("a", order)]))
+    monkeypatch.setattr(on_ray, "RETRIES", 0)
+    with pytest.raises(ClusterError, match="lost 1 times"):
+        list(workers(os._exit, [("a", 1)]))
+
+
+def test_workers_with_other_versions_are_refused(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="has a GPU"):
+        RayWorkers().on(torch.device("cuda"))
+    monkeypatch.setattr(conditions, "_versions", lambda kind: (("torch", "1.0"),))
+    with pytest.raises(SettingsError, match=r"a worker on .* has torch 2\.\S+ instead of 1\.0; install the same"):
+        RayWorkers().on(CPU)
+
+
+def test_streaming_goes_on_after_an_interruption_and_the_loss_of_a_node(machines: Machines, directory: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effort": "fast", "sensitivities": given(directory), "shard_bytes": interrupted.SHARD_BYTES}
+    qpc.stream(directory, tmp_path / "local", BUDGET, **options)
+    options["ray"] = machines.cluster.address
+    with pytest.raises(KeyboardInterrupt):
+        qpc.stream(directory, tmp_path / "spread", BUDGET, progress=at("quantize", 2, interrupt), **options)
+    qpc.stream(directory, tmp_path / "spread", BUDGET, progress=at("quantize", 3, machines.lose), **options)
+    assert interrupted.equal(tmp_path / "local", tmp_path / "spread")
+    assert qpc.verify(tmp_path / "spread").intact
