@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -18,13 +18,16 @@ import qpc
 from qpc.__main__ import main
 from qpc.cluster import conditions, on_ray
 from qpc.cluster.on_ray import AHEAD, STORE_SHARE, RayWorkers, parse
+from qpc.compiler import captured, decide, finish
 from qpc.errors import ClusterError, QuantizerError, SettingsError
+from qpc.integrations.streamed import Stream
+from qpc.options import Options
 from qpc.passes.packing import Order, Parcel, excess_kurtosis, pack
-from qpc.progress import Progress
+from qpc.progress import Progress, silent
 from qpc.quant.scalar import ScalarQuantizer
 from tests import interrupted
-from tests.families import decoder
-from tests.test_streaming import given, sensitivities
+from tests.families import copied, decoder
+from tests.test_streaming import again, given, sensitivities
 
 ray = pytest.importorskip("ray", reason="Ray has no wheel for this Python")
 
@@ -44,12 +47,14 @@ class Machines:
         """Kill a node, with all its processes."""
         self.cluster.remove_node(self.second, allow_graceful=False)
 
-    def kill_a_worker(self) -> None:
+    def kill_a_worker(self) -> Timer:
         """Halt a process that runs tasks, so that it surely has one, and kill it a little later."""
         processes = psutil.Process().children(recursive=True)
         worker = next(process for process in processes if " ".join(process.cmdline()).startswith(("ray::IDLE", "ray::_evaluate")))
         worker.suspend()
-        Timer(1, worker.kill).start()
+        kill = Timer(1, worker.kill)
+        kill.start()
+        return kill
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +124,16 @@ def machines() -> Iterator[Machines]:
 
 
 def test_a_worker_that_is_killed_changes_no_byte(machines: Machines, model: nn.Module, tmp_path: Path) -> None:
-    """Calibrated, in memory, with embeddings."""
-    options: dict[str, Any] = {"effort": "fast", "calibration": torch.arange(400).reshape(20, 20) % 60, "embeddings": 3}
-    local = qpc.compile(model, BUDGET, **options)
-    killed: list[bool] = []
-
-    def kill() -> None:
-        machines.kill_a_worker()
-        killed.append(True)
-
-    spread = qpc.compile(model, BUDGET, ray=machines.cluster.address, progress=at("quantize", 1, kill), **options)
-    assert killed and qpc.report_of(spread) == qpc.report_of(local)
-    qpc.save(local, tmp_path / "local")
-    qpc.save(spread, tmp_path / "spread")
+    """Calibrated, in memory, with feedback between rows and packed embeddings."""
+    given: dict[str, Any] = {"effort": "fast", "embeddings": 3, "calibration": torch.arange(400).reshape(20, 20) % 60, "row_feedback": "on"}
+    local, spread = (Options.of(BUDGET, **given, ray=address) for address in (None, machines.cluster.address))
+    program = captured(model, local)
+    killed: list[Timer] = []
+    kill = at("quantize", 1, lambda: killed.append(machines.kill_a_worker()))
+    for options, name, progress in ((local, "local", silent), (spread, "spread", kill)):
+        made = decide(copied(program), options, sensitivities=sensitivities(model), progress=progress)
+        qpc.save(finish(made, options), tmp_path / name)
+    killed[0].join()
     assert interrupted.equal(tmp_path / "local", tmp_path / "spread")
 
 
@@ -175,11 +177,12 @@ def test_workers_with_other_versions_are_refused(machines: Machines, monkeypatch
 
 
 def test_streaming_goes_on_after_an_interruption_and_the_loss_of_a_node(machines: Machines, directory: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"effort": "fast", "sensitivities": given(directory), "shard_bytes": interrupted.SHARD_BYTES}
-    qpc.stream(directory, tmp_path / "local", BUDGET, **options)
-    options["ray"] = machines.cluster.address
+    local, spread = (Options.of(BUDGET, effort="fast", calibration=None, ray=address) for address in (None, machines.cluster.address))
+    plan = Stream.of(directory, local, given(directory))
+    over_cluster = replace(plan, options=spread.on(CPU))
+    again(plan).carry_out(tmp_path / "local", shard_bytes=interrupted.SHARD_BYTES)
     with pytest.raises(KeyboardInterrupt):
-        qpc.stream(directory, tmp_path / "spread", BUDGET, progress=at("quantize", 2, interrupt), **options)
-    qpc.stream(directory, tmp_path / "spread", BUDGET, progress=at("quantize", 3, machines.lose), **options)
+        again(over_cluster).carry_out(tmp_path / "spread", shard_bytes=interrupted.SHARD_BYTES, progress=at("quantize", 2, interrupt))
+    again(over_cluster).carry_out(tmp_path / "spread", shard_bytes=interrupted.SHARD_BYTES, progress=at("quantize", 3, machines.lose))
     assert interrupted.equal(tmp_path / "local", tmp_path / "spread")
     assert qpc.verify(tmp_path / "spread").intact
