@@ -84,7 +84,7 @@ RayAddress = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Spread weights over a Ray cluster: auto for that of this machine, or HOST:PORT. The result is the same.",
+        help="Spread weights over a Ray cluster: auto for that of this machine, local for a new one, or HOST:PORT. The result is the same.",
         show_default=False,
     ),
 ]

@@ -43,6 +43,7 @@ EXAMPLES = (
     "qpc compile MODEL -o OUT --bits 3.25",
     "qpc compile MODEL -o OUT --size 80MB --effort max",
     "qpc compile MODEL -o OUT --bits 4 --latency 3ms@8 --gpu h100",
+    "qpc compile MODEL -o OUT --bits 3.25 --ray auto",
 )
 
 

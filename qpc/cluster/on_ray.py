@@ -52,7 +52,9 @@ def parse(address: object) -> Spread:
     if address is None:
         return HERE
     if not isinstance(address, str) or not address:
-        raise SettingsError(f"ray={address!r} must be the address of a cluster: 'auto' for the one of this machine, or HOST:PORT")
+        raise SettingsError(
+            f"ray={address!r} must be the address of a cluster: 'auto' for that of this machine, 'local' for a new one, or HOST:PORT"
+        )
     ray = _ray()
     if not ray.is_initialized():
         _connect(ray, address)
@@ -224,13 +226,13 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=REACH_S).close()
         except OSError as error:
             raise SettingsError(f"nothing answers at {wanted}: {error}; {_START}") from error
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it over
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise SettingsError(f"no Ray cluster can be used at {address}: {_last_line(error)}; {_START}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 

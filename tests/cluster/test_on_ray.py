@@ -16,10 +16,11 @@ from torch import nn
 
 import qpc
 from qpc.__main__ import main
+from qpc.cli.stream import packing_device
 from qpc.cluster import conditions, on_ray
 from qpc.cluster.on_ray import AHEAD, STORE_SHARE, RayWorkers, parse
 from qpc.compiler import captured, decide, finish
-from qpc.errors import ClusterError, QuantizerError, SettingsError
+from qpc.errors import ClusterError, QuantizerError, SettingsError, UsageError
 from qpc.integrations.streamed import Stream
 from qpc.options import Options
 from qpc.passes.packing import Order, Parcel, excess_kurtosis, pack
@@ -168,9 +169,14 @@ def test_errors_of_a_task_are_those_of_the_function(machines: Machines, monkeypa
         list(workers(os._exit, [("a", 1)]))
 
 
-def test_workers_with_other_versions_are_refused(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="has a GPU"):
-        RayWorkers().on(torch.device("cuda"))
+def test_workers_without_the_device_or_with_other_versions_are_refused(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options.of(BUDGET, ray=machines.cluster.address)
+    assert packing_device(None, options) == CPU and packing_device("cuda:1", options).type == "cuda"
+    with pytest.raises(UsageError, match="--device fpga cannot be used"):
+        packing_device("fpga", options)
+    for device, reason in (("cuda", "has a GPU"), ("meta", "over CPUs or GPUs")):
+        with pytest.raises(SettingsError, match=reason):
+            options.on(torch.device(device))
     monkeypatch.setattr(conditions, "_versions", lambda kind: (("torch", "1.0"),))
     with pytest.raises(SettingsError, match=r"a worker on .* has torch 2\.\S+ instead of 1\.0; install the same"):
         RayWorkers().on(CPU)
