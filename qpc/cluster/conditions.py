@@ -32,8 +32,8 @@ class Conditions:
         """Of this process, for what is computed on such a device."""
         return Conditions(_versions(device.type), torch.get_num_threads(), torch.get_float32_matmul_precision())
 
-    def adopt(self, device: torch.device) -> None:
-        """Let this process compute as that one does, with one thread for the encoder, whose results do not depend on threads.
+    def adopt(self, device: torch.device, cores: int = 1) -> None:
+        """Let this process compute as that one does, with a thread of the encoder, whose results do not depend on threads, for each core.
 
         Raises `SettingsError` if its versions are others.
         """
@@ -41,7 +41,7 @@ class Conditions:
         other = [f"{name} {own.get(name)} instead of {wanted}" for name, wanted in self.versions if own.get(name) != wanted]
         if other:
             raise SettingsError(f"a worker on {platform.node()} has {', '.join(other)}; install the same on all machines, or bytes differ")
-        os.environ["QPC_THREADS"] = "1"
+        os.environ["QPC_THREADS"] = str(cores)
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.precision)

@@ -62,7 +62,7 @@ def parse(address: object) -> Spread:
 
 
 class RayWorkers:
-    """The workers of the cluster that this process is connected to, each on one core, or on one GPU with `on(torch.device("cuda"))`."""
+    """The workers of the cluster that this process is connected to: each on a GPU, or on as many cores as this process has threads."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         self._device = device
@@ -77,28 +77,27 @@ class RayWorkers:
         """Checks every node that is there now; one that comes later is checked by its first task."""
         if device.type not in ("cpu", "cuda"):
             raise SettingsError(f"work is spread over CPUs or GPUs (cuda), not over devices of type {device.type!r}")
-        resource = _resource(device)
-        if not _ray().cluster_resources().get(resource, 0) >= 1:
+        if not _nodes(device):
             advice = "" if device.type == "cpu" else ", or compile on a CPU (--device cpu)"
-            raise SettingsError(f"no node of the Ray cluster has a {resource}, on which weights are to be packed; add one{advice}")
+            raise SettingsError(f"no node of the Ray cluster has a {_resource(device)}, on which weights are to be packed; add one{advice}")
         workers = RayWorkers(torch.device(device.type))
         workers._ask_nodes(_adopt, workers._conditions, workers._device)
         return workers
 
     def usual(self) -> torch.device:
-        return torch.device("cuda" if _ray().cluster_resources().get("GPU", 0) >= 1 else "cpu")
+        return torch.device("cuda" if _nodes(torch.device("cuda")) else "cpu")
 
     def reads_to(self, device: torch.device) -> torch.device:
         return CPU
 
     def __call__(self, function: Callable[[A], R], items: Iterable[tuple[K, A]]) -> Iterator[tuple[K, R]]:
-        tasks: _Tasks[K] = _Tasks(self._device)
+        tasks: _Tasks[K] = _Tasks(self._device, self._conditions)
         try:
             for key, item in items:
                 bundle = bundled(item, self._sees)
                 while tasks.full(bundle.nbytes):
                     yield tasks.finished()
-                tasks.begin(key, self._conditions, function, bundle)
+                tasks.begin(key, function, bundle)
                 while tasks.any_finished():
                     yield tasks.finished()
             while tasks.running:
@@ -120,11 +119,10 @@ class RayWorkers:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked, answers = [], []
-        for node in ray.nodes():
-            if node["Alive"] and node["Resources"].get(_resource(self._device), 0) >= 1:
-                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(function).options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=place)
-                asked.append((node["NodeManagerAddress"], task.remote(*arguments)))
+        for node in _nodes(self._device):
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(function).options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=place)
+            asked.append((node["NodeManagerAddress"], task.remote(*arguments)))
         for address, answer in asked:
             try:
                 answers.append(ray.get(answer))
@@ -132,7 +130,7 @@ class RayWorkers:
                 _raise_own(error)
                 raise SettingsError(f"the Ray node {address} cannot run qpc: {_last_line(error)}; install the same qpc there") from error
             except ray.exceptions.RayError as error:
-                if any(node["Alive"] and node["NodeManagerAddress"] == address for node in ray.nodes()):
+                if any(node["NodeManagerAddress"] == address for node in _nodes(self._device)):
                     raise SettingsError(f"the Ray node {address} cannot run qpc: {_last_line(error)}") from error
         return answers
 
@@ -140,25 +138,27 @@ class RayWorkers:
 class _Tasks(Generic[K]):
     """Tasks under way. running: the key of each, and the bytes of its tensors."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, conditions: Conditions) -> None:
         self._ray = _ray()
         self.running: dict[Any, tuple[K, int]] = {}
-        self._device = device
-        self._most = max(1, int(AHEAD * self._ray.cluster_resources().get(_resource(device), 1)))
+        self._device, self._conditions = device, conditions
+        counts = [int(node["Resources"][_resource(device)]) for node in _nodes(device)]
+        self._cores = 1 if device.type == "cuda" else min([conditions.threads, *counts])
+        self._most = AHEAD * max(1, sum(count // self._cores for count in counts))
         own = self._ray.get_runtime_context().get_node_id()
         stores = [node["Resources"].get("object_store_memory", 0) for node in self._ray.nodes() if node["NodeID"] == own]
         self._room = STORE_SHARE * sum(stores)
-        gpus = 0 if device.type == "cpu" else 1
-        self._remote = self._ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)
+        gpus = 1 if device.type == "cuda" else 0
+        self._remote = self._ray.remote(_evaluate).options(num_cpus=self._cores, num_gpus=gpus, max_retries=RETRIES)
 
     def full(self, nbytes: int) -> bool:
         """Whether a task with so many bytes has to wait until another is finished."""
         held = sum(size for _, size in self.running.values())
         return bool(self.running) and (len(self.running) >= self._most or held + nbytes > self._room)
 
-    def begin(self, key: K, conditions: Conditions, function: Callable[..., Any], bundle: Bundle) -> None:
+    def begin(self, key: K, function: Callable[..., Any], bundle: Bundle) -> None:
         """Send a task on its way."""
-        self.running[self._remote.remote(conditions, self._device, function, bundle)] = key, bundle.nbytes
+        self.running[self._remote.remote(self._conditions, self._device, self._cores, function, bundle)] = key, bundle.nbytes
 
     def any_finished(self) -> bool:
         """Whether `finished` would not wait."""
@@ -174,7 +174,7 @@ class _Tasks(Generic[K]):
             _raise_own(error)
             raise
         except self._ray.exceptions.RayError as error:
-            reason = f"a task was lost {RETRIES + 1} times: {_last_line(error)}"
+            reason = f"a task lost its worker, at attempt {RETRIES + 1} too: {_last_line(error)}"
             raise ClusterError(f"{reason}; see the logs of Ray, and whether its machines have enough memory") from error
 
     def cancel(self) -> None:
@@ -184,9 +184,9 @@ class _Tasks(Generic[K]):
                 self._ray.cancel(task)
 
 
-def _evaluate(conditions: Conditions, device: torch.device, function: Callable[[Any], Any], bundle: Bundle) -> Bundle:
+def _evaluate(conditions: Conditions, device: torch.device, cores: int, function: Callable[[Any], Any], bundle: Bundle) -> Bundle:
     """A task, as a worker runs it."""
-    conditions.adopt(device)
+    conditions.adopt(device, cores)
     missing = next((each.path for each in bundle.tensors if isinstance(each, OnDisk) and not each.path.exists()), None)
     if missing is not None:
         raise ClusterError(f"{missing} is not there on {socket.gethostname()}, a node that came later; let all nodes see it, or none")
@@ -202,6 +202,11 @@ def _looks(directory: Path) -> list[tuple[str, int, int]]:
     with suppress(OSError):
         return [(path.name, (known := path.stat()).st_size, known.st_mtime_ns) for path in sorted(directory.glob("*.safetensors"))]
     return []
+
+
+def _nodes(device: torch.device) -> list[dict[str, Any]]:
+    """The nodes that are alive and have such devices."""
+    return [node for node in _ray().nodes() if node["Alive"] and node["Resources"].get(_resource(device), 0) >= 1]
 
 
 def _resource(device: torch.device) -> str:

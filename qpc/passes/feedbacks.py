@@ -106,6 +106,7 @@ class Feedbacks:
     seed: int = 0
     rotation_block: int | None = None
     known: Known = field(default_factory=Known)
+    _rotations: dict[str, Rotation] = field(default_factory=dict)
 
     def stream(self, sequential: bool) -> MomentStream | None:
         """The samples at the beginning of the graph."""
@@ -123,16 +124,15 @@ class Feedbacks:
     def in_turn(self, stream: MomentStream | None) -> Iterator[list[Job]]:
         """The weights of one input after another, in the order in which the graph computes them."""
         signs = sign_owners(self.nodes)
-        rotations: dict[str, Rotation] = {}
         for weights in by_input(self.program, self.nodes, signs):
             site = site_of(weights[0][0])
             owner = signs[site.name]
             folded = site.weight in self.program.rotated
-            if owner not in rotations and not folded:
+            if owner not in self._rotations and not folded:
                 block = block_within(site.shape.in_features, self.rotation_block)
                 drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
-                rotations[owner] = drawn.to(self.program.home(site.weight))
-            rotation = None if folded else rotations[owner]
+                self._rotations[owner] = drawn.to(self.program.home(site.weight))
+            rotation = None if folded else self._rotations[owner]
             jobs: list[Job] = []
             for sharing in weights:
                 key = (site_of(sharing[0]).weight, owner)
