@@ -69,6 +69,7 @@ def compile(
     sensitivities: Sensitivities | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """Compress the linears of `model` to a budget, with the least predicted loss.
@@ -93,6 +94,8 @@ def compile(
     gpu: where times are predicted, and linears fused so that they are least: the name of a known GPU ("h100"), the path of a table that
         `python -m benchmarks profile` wrote, or a `LatencyModel`; by default this machine's, if the budget limits a time. batch: of the
         time that is predicted, where the budget limits none.
+    ray: the address of a Ray cluster over whose workers weights are spread while they are packed: "auto" for the one that runs on this
+        machine. The result is the same.
 
     Returns a model of the same class; `qpc.report_of(result)` says what was done to each linear.
     Raises `QpcError` if the model, an option or the budget cannot be used.
@@ -113,6 +116,7 @@ def compile(
         tune=tune,
         gpu=gpu,
         batch=batch,
+        ray=ray,
     )
     program = build(model, options, example_inputs=example_inputs, sensitivities=sensitivities, progress=progress)
     return finish(program, options)
@@ -159,6 +163,7 @@ def captured(model: nn.Module, options: Options, example_inputs: tuple[Tensor, .
 
 def decide(program: Program, options: Options, *, sensitivities: Sensitivities | None = None, progress: Progress = silent) -> Program:
     """From CAPTURED to QUANTIZED."""
+    options = options.on(program.device)
     group(program, options)
     prepared = prepare(program, options, sensitivities, progress)
     Pipeline((options.allocate(options.budget, prepared.sensitivities), *rounding(program, options, prepared, progress))).run(program)
@@ -212,19 +217,20 @@ def prepare(
         if options.weigh_positions and (rounds or not known.expected):
             samples, remarks = weighed(gradients)
             program.remarks += remarks
-        Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
+        Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress, options.spread),)).run(program)
         file.write(known)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
-        Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
+        Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress, spread=options.spread),)).run(program)
     return Prepared(sensitivities, samples, known)
 
 
 def rounding(program: Program, options: Options, prepared: Prepared, progress: Progress = silent) -> tuple[Pass, ...]:
     """The passes from ALLOCATED to QUANTIZED, and beyond to what is tuned."""
     tuning, samples = options.tune, prepared.samples
+    quantize = Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known, spread=options.spread)
     if tuning is None or samples is None:
-        return (Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known),)
+        return (quantize,)
     lessons = samples
     tokens = tuning.more_tokens(samples)
     if tokens and isinstance(options.calibration, SelfSampled) and tuning.declines(program, samples) is None:
@@ -232,10 +238,7 @@ def rounding(program: Program, options: Options, prepared: Prepared, progress: P
         program.remarks += remarks
         assert more is not None, "what could be sampled once can be sampled again"
         lessons = replace(samples, batches=(*samples.batches, *more.batches, *more.held_out), importance=None)
-    return (
-        Quantize(options.seed, options.rotation_block, progress, samples, known=prepared.known, tuning=tuning, lessons=lessons),
-        Tune(tuning, lessons, options.seed, progress),
-    )
+    return (replace(quantize, tuning=tuning, lessons=lessons), Tune(tuning, lessons, options.seed, progress))
 
 
 def lowering(program: Program) -> tuple[Pass, ...]:

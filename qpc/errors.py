@@ -52,5 +52,9 @@ class EvaluationError(QpcError):
     """The text, or the window, leaves nothing to evaluate."""
 
 
+class ClusterError(QpcError):
+    """Work that was spread over other machines was lost with them."""
+
+
 class UsageError(QpcError):
     """A command was given a path or an option that cannot work."""

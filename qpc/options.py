@@ -1,7 +1,7 @@
 """The options of a compilation, for whichever door it comes through, and what their values may be written as."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from qpc.budget import Budget
 from qpc.calibration import Calibration, SelfSampled
 from qpc.calibration import parse as parse_calibration
+from qpc.cluster import on_ray
 from qpc.errors import SettingsError
 from qpc.latency import LatencyModel, latency_of
 from qpc.passes.allocate import Allocate
@@ -20,11 +21,12 @@ from qpc.quant.palette import Effort, default_palette
 from qpc.sensitivity import Method, Sensitivities
 from qpc.sensitivity_cache import Wanted
 from qpc.sensitivity_cache import parse as parse_sensitivity
+from qpc.spread import HERE, Spread
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the result of a compilation, besides the model itself.
+    """What decides the result of a compilation, besides the model itself; and where it is computed.
 
     effort: how long the trellis windows are; better and slower to encode from FAST to MAX.
     exclude: patterns (as in a shell) of module names that stay as they are.
@@ -42,6 +44,7 @@ class Options:
     tune: how scales and the vectors of norms and biases are tuned on the inputs of the calibration, after rounding; None: not at all.
     latency: the times of a GPU, with which linears are fused and times are predicted; None: no times. batch: of the times that are
         predicted where the budget names none.
+    spread: where weights are packed and moments factored, which decides nothing but how long that takes.
 
     Raises `SettingsError` or `QuantizerError` for a value that cannot be met.
     """
@@ -61,6 +64,7 @@ class Options:
     tune: Tuning | None = None
     latency: LatencyModel | None = None
     batch: int = 1
+    spread: Spread = HERE
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -88,6 +92,7 @@ class Options:
         tune: object = "auto",
         gpu: LatencyModel | Path | str | None = None,
         batch: int = 1,
+        ray: str | None = None,
     ) -> "Options":
         """From what the doors take, as `qpc.compile` describes it. Raises `QpcError` for a value that means nothing."""
         limits = Budget.of(budget)
@@ -106,7 +111,12 @@ class Options:
             tune=Tuning.parse(tune),
             latency=latency_for(gpu, limits),
             batch=batch,
+            spread=on_ray.parse(ray),
         )
+
+    def on(self, device: torch.device) -> "Options":
+        """The same for weights that are packed on such a device. Raises `SettingsError` if there is none where they are to be packed."""
+        return replace(self, spread=self.spread.on(device))
 
     def couples_rows(self, device: torch.device) -> bool:
         """Whether errors are carried between rows, for a model on a device."""

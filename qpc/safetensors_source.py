@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from qpc.errors import ModelError
 
 PIECE_BYTES = 64 << 20
 """As much of a tensor is in memory at once where it is read in pieces."""
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A whole tensor of a file that is not read yet. dtype: that it gets. device: where it is put."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self) -> Tensor:
+        """The values. Raises `ModelError` if they cannot be read."""
+        with _opened(self.path) as file:
+            values: Tensor = file.get_tensor(self.name)
+            return values.to(self.device, self.dtype, copy=True)
 
 
 class SafetensorsSource:
@@ -48,15 +65,18 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         """The values, in the shape and dtype that the module has. Raises `ModelError` if they cannot be read."""
-        (whole,) = self.pieces(name, most_bytes=None)
-        return whole
+        return self.find(name).read()
 
-    def pieces(self, name: str, most_bytes: int | None = PIECE_BYTES) -> Iterator[Tensor]:
-        """The same, some rows after the other; None: all at once. Raises `ModelError` as `read` does."""
+    def find(self, name: str) -> OnDisk:
+        """Where the values are."""
+        return OnDisk(*self._stored[name], self._live[name].dtype, self.device)
+
+    def pieces(self, name: str, most_bytes: int = PIECE_BYTES) -> Iterator[Tensor]:
+        """The same, some rows after the other. Raises `ModelError` as `read` does."""
         live = self._live[name]
         path, stored = self._stored[name]
         rows = live.shape[0] if live.ndim else 1
-        step = rows if most_bytes is None or not live.ndim else max(1, most_bytes * rows // max(1, live.nbytes))
+        step = max(1, most_bytes * rows // max(1, live.nbytes)) if live.ndim else rows
         for start in range(0, max(1, rows), max(1, step)):
             with _opened(path) as file:
                 piece = file.get_slice(stored)[start : start + step] if live.ndim else file.get_tensor(stored)

@@ -83,11 +83,11 @@ def fill(
     with DiskShelf(work, expected, shard_bytes, progress) as shelf:
         live = named_tensors(program.module)
         others = [name for name in shelf.names if name in live]
-        tables = (PackTables(shelf, progress),) if program.tables else ()
+        tables = (PackTables(shelf, progress, options.spread),) if program.tables else ()
         for name in track(others, "copy", len(others), progress):
             if not shelf.has(name):
                 shelf.copy(name, source.pieces(name) if live[name].is_meta else [live[name]])
-        quantize = Quantize(options.seed, options.rotation_block, progress, shelf=shelf)
+        quantize = Quantize(options.seed, options.rotation_block, progress, shelf=shelf, spread=options.spread)
         Pipeline((*tables, quantize)).run(program)
         result = finish(program, options)
         with work.writing():

@@ -79,5 +79,14 @@ Streaming = Annotated[
         show_default="if it does not fit into memory",
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Spread weights over a Ray cluster: auto for that of this machine, local for a new one, or HOST:PORT. The result is the same.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, as torch names it. By default a GPU if there is one.", show_default=False)]

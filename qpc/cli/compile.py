@@ -22,6 +22,7 @@ from qpc.cli.arguments import (
     Kl,
     Latency,
     ModelPath,
+    RayAddress,
     RotationBlock,
     RowFeedback,
     SameInGroup,
@@ -42,6 +43,7 @@ EXAMPLES = (
     "qpc compile MODEL -o OUT --bits 3.25",
     "qpc compile MODEL -o OUT --size 80MB --effort max",
     "qpc compile MODEL -o OUT --bits 4 --latency 3ms@8 --gpu h100",
+    "qpc compile MODEL -o OUT --bits 3.25 --ray auto",
 )
 
 
@@ -71,13 +73,16 @@ def compile_model(
     stream: Streaming = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,
     device: Device = None,
+    ray: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a budget and write it to OUT."""
     from qpc.calibration import parse as parse_calibration
+    from qpc.cluster import on_ray
     from qpc.options import latency_for
     from qpc.output_directory import check_target
 
+    on_ray.parse(ray)  # connected from here on, or said so at once
     budget = Limited(bits, total, kl, latency, batch).budget()
     options: dict[str, Any] = {
         "effort": effort,
@@ -89,6 +94,7 @@ def compile_model(
         "embeddings": embeddings,
         "gpu": latency_for(gpu, budget),
         "batch": batch or 1,
+        "ray": ray,
     }
     start_s = time.monotonic()
     given = None if sensitivities is None else read_sensitivities(sensitivities)

@@ -9,9 +9,13 @@ from qpc.budget import Budget
 from qpc.cli.inputs import pick_device
 from qpc.errors import SettingsError, UsageError
 from qpc.report import Report
+from qpc.spread import HERE
 from qpc.terminal import ProgressBars, silent_stdout
 
 if TYPE_CHECKING:
+    import torch
+
+    from qpc.options import Options
     from qpc.sensitivity import Sensitivities
 
 MEMORY_SHARE = 0.8
@@ -49,7 +53,7 @@ def streamed(
         data = parse_calibration(calibration, tokens=tokens, start=start) if calibration == "none" else SelfSampled()
         parsed = Options.of(budget, calibration=data, tune="off", **options)
         try:
-            plan = Stream.of(model, parsed, sensitivities, pick_device(device))
+            plan = Stream.of(model, parsed, sensitivities, packing_device(device, parsed))
         except SettingsError as error:
             if wanted is None:
                 raise SettingsError(
@@ -57,6 +61,18 @@ def streamed(
                 ) from error
             raise
         return plan.carry_out(output, overwrite=overwrite, progress=progress)
+
+
+def packing_device(name: str | None, options: "Options") -> "torch.device":
+    """The device on which weights are packed, here or elsewhere. Raises `UsageError` if there can be none of this name."""
+    import torch
+
+    if options.spread is HERE:
+        return torch.device(pick_device(name))
+    try:
+        return options.spread.usual() if name is None else torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def oversized(model: Path) -> bool:

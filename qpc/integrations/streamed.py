@@ -51,12 +51,13 @@ class Stream:
         Raises `QpcError` if the model, an option or the budget cannot be used, or asks for the whole model in memory.
         """
         given = streaming.check_options(options, sensitivities)
+        packed_on, options = torch.device(device), options.on(torch.device(device))
         if hf.gguf_file(directory) is not None:
             raise ModelError(f"{directory} is a GGUF file, which is read as a whole; compile it without --stream, or convert it first")
         hf.check_directory(directory)
         model = hf.skeleton(directory)
         prefix = getattr(model, "base_model_prefix", "")
-        source = SafetensorsSource(directory, named_tensors(model), torch.device(device), f"{prefix}." if prefix else "")
+        source = SafetensorsSource(directory, named_tensors(model), options.spread.reads_to(packed_on), f"{prefix}." if prefix else "")
         program = streaming.allocated(model, source, options, given)
         return Stream(directory, program, source, options, identity(directory, options, given, device))
 
@@ -92,6 +93,7 @@ def stream(
     embeddings: Fraction | float | str | None = None,
     gpu: LatencyModel | Path | str | None = None,
     batch: int = 1,
+    ray: str | None = None,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -119,6 +121,7 @@ def stream(
         calibration=None,
         gpu=gpu,
         batch=batch,
+        ray=ray,
     )
     planned = Stream.of(Path(directory), options, sensitivities, device)
     return planned.carry_out(output, overwrite=overwrite, shard_bytes=shard_bytes, progress=progress)

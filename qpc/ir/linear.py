@@ -34,8 +34,12 @@ def stored_weight(program: Program, node: Any, axes: int = 2) -> tuple[fx.Node |
 
 def stored_matrix(program: Program, site: LinearSite) -> Tensor:
     """The live weight of a site as [out_features, in_features], in its own dtype, without gradient."""
-    stored = program.values(site.weight)
-    return (stored.mT if site.transposed else stored).flatten(0, -2)
+    return as_matrix(program.values(site.weight), site.transposed)
+
+
+def as_matrix(stored: Tensor, transposed: bool) -> Tensor:
+    """A stored matrix, or a stack of them below each other, as [out_features, in_features]."""
+    return (stored.mT if transposed else stored).flatten(0, -2)
 
 
 def is_transpose(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from qpc.ir.source import Source
 from qpc.ir.stage import Stage
 from qpc.ir.table import Table
 from qpc.quant.quantizer import PackedWeight
+from qpc.safetensors_source import OnDisk
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Program:
         """The values of this parameter or buffer, without gradient: live ones, or read from the source."""
         live = self.tensor(name).detach()
         return self.source.read(name) if self.source is not None and live.is_meta else live
+
+    def where(self, name: str) -> Tensor | OnDisk:
+        """`values`, or where they are if they would have to be read."""
+        live = self.tensor(name).detach()
+        return self.source.find(name) if self.source is not None and live.is_meta else live
 
     def home(self, name: str) -> torch.device:
         """The device of `values`."""

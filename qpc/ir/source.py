@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qpc.safetensors_source import OnDisk
+
 
 class Source(Protocol):
     """Reads parameters and buffers by qualified name, each when it is asked for; the module has them on the meta device.
@@ -16,3 +18,6 @@ class Source(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The values, in the shape and dtype that the module has. Raises `QpcError` if they cannot be read."""
+
+    def find(self, name: str) -> OnDisk:
+        """Where the values are."""

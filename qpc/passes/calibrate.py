@@ -9,8 +9,11 @@ from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.passes.feedbacks import Feedbacks, Job, Key, Known
 from qpc.progress import Progress, silent, track
+from qpc.quant.feedback import Feedback, StackFeedback
+from qpc.quant.unfactored import Unfactored, factored
+from qpc.spread import HERE, Spread
 
 ALIKE = "all rows that an expert reads count alike: gradients do not say which of them matter"
 
@@ -24,7 +27,7 @@ class Calibrate(Pass):
     from that of all (`filled_up`) where it read few inputs.
 
     samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
-    already what is expected of all weights, nothing is measured.
+    already what is expected of all weights, nothing is measured. spread: where moments are factored.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -35,6 +38,7 @@ class Calibrate(Pass):
     rotation_block: int | None = None
     known: Known = field(default_factory=Known)
     progress: Progress = silent
+    spread: Spread = HERE
 
     def run(self, program: Program) -> PassResult:
         """Annotate every linear with its expected share."""
@@ -42,9 +46,8 @@ class Calibrate(Pass):
         feedbacks = Feedbacks(program, nodes, self.samples, self.seed, self.rotation_block)
         jobs = [job for each in feedbacks.in_turn(None) for job in each]
         if any(job.key not in self.known.expected for job in jobs):
-            for job in track(self._made(feedbacks), "calibrate", len(jobs), self.progress):
-                assert job.feedback is not None
-                self.known.keep(job.key, job.feedback)
+            for key, feedback in track(self._made(feedbacks), "calibrate", len(jobs), self.progress):
+                self.known.keep(key, feedback)
         for job in jobs:
             for node in job.sites:
                 annotate(node, annotation(node).but(share=self.known.expected[job.key].share))
@@ -53,7 +56,18 @@ class Calibrate(Pass):
         remarks = (self.declined(f"{stacks[0]}{more}", ALIKE),) if stacks and self.samples.importance is not None else ()
         return PassResult(tuple(site_of(node).name for node in nodes), remarks)
 
-    def _made(self, feedbacks: Feedbacks) -> Iterator[Job]:
-        """The weights with their feedback."""
+    def _made(self, feedbacks: Feedbacks) -> Iterator[tuple[Key, Feedback | StackFeedback]]:
+        """Every weight with its feedback."""
+        for keys, feedback in self.spread(factored, self._unfactored(feedbacks)):
+            yield from ((key, feedback) for key in keys)
+
+    def _unfactored(self, feedbacks: Feedbacks) -> Iterator[tuple[list[Key], Unfactored]]:
+        """The moments of each input, with the weights that share them."""
         for jobs in feedbacks.in_turn(feedbacks.stream(sequential=False)):
-            yield from jobs
+            sharing: dict[int, list[Job]] = {}
+            for job in jobs:
+                sharing.setdefault(id(job.feedback), []).append(job)
+            for alike in sharing.values():
+                source = alike[0].feedback
+                assert isinstance(source, Unfactored), "nothing was made before"
+                yield [job.key for job in alike], source

@@ -1,6 +1,7 @@
 """Embeddings: pack tables and output heads at one rate, apart from the allocation; what is tied stays tied."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,14 +13,14 @@ from qpc.ir.linear import LINEAR
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.ir.table import APART, Lookup, Table, looks_up
-from qpc.kernels.encoder import encoder_for
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.quantize import excess_kurtosis, relative_error
+from qpc.passes.packing import Order, Parcel, pack
 from qpc.passes.shelf import Facts, Shelf, hollow
 from qpc.progress import Progress, silent, track
 from qpc.quant.hadamard import block_within
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.rotation import Rotation, seeded_generator
+from qpc.spread import HERE, Spread
 
 PROBED_ROWS = 256
 """Rows on which a module of its own class is compared with a scaled lookup."""
@@ -30,7 +31,7 @@ class Embeddings(Pass):
     """Packs every table that the graph only looks up or multiplies by, and every output head: before the allocation, which needs the bytes.
 
     quantizer: of all of them. seed: of the signs, which depend on it and on the name of the parameter. rotation_block: as for `Quantize`.
-    postponed: leave the values to `PackTables`; sizes and signs are known without them.
+    postponed: leave the values to `PackTables`; sizes and signs are known without them. spread: where tables are packed.
     Rounds each weight on its own, without error feedback. A table that was folded is rotated already.
     """
 
@@ -42,18 +43,24 @@ class Embeddings(Pass):
     rotation_block: int | None = None
     progress: Progress = silent
     postponed: bool = False
+    spread: Spread = HERE
 
     def run(self, program: Program) -> PassResult:
         """Fill `program.tables`."""
         remarks: list[Remark] = []
         placeholders = program.graph.find_nodes(op="placeholder")
         found = [candidate for node in placeholders if (candidate := self._candidate(program, node, remarks)) is not None]
-        for weight, lookups, heads in track(found, "embeddings", len(found), self.progress):
+        for weight, lookups, heads in found:
             table, stored = self._hollow(program, weight, lookups, heads), program.tensor(weight).nbytes
             if table.packed.nbytes >= stored:
                 remarks.append(self.declined(weight, f"{self.quantizer} does not make it smaller than its {stored} bytes"))
             else:
-                program.tables[weight] = table if self.postponed else filled(program, table)[0]
+                program.tables[weight] = table
+        if not self.postponed:
+            made = self.spread(pack, ((table, _order(program, table)) for table in list(program.tables.values())))
+            for table, ((packed, facts),) in track(made, "embeddings", len(program.tables), self.progress):
+                whole = replace(packed, rotation=table.packed.rotation).to(program.home(table.weight))
+                program.tables[table.weight] = replace(_known(table, facts), packed=whole)
         return PassResult(tuple(program.tables), tuple(remarks))
 
     def _candidate(self, program: Program, node: fx.Node, remarks: list[Remark]) -> tuple[str, tuple[Lookup, ...], tuple[str, ...]] | None:
@@ -105,27 +112,35 @@ class PackTables(Pass):
     ensures: ClassVar[Stage] = Stage.ALLOCATED
     shelf: Shelf
     progress: Progress = silent
+    spread: Spread = HERE
 
     def run(self, program: Program) -> PassResult:
         """Table by table."""
-        for weight, table in track(list(program.tables.items()), "embeddings", len(program.tables), self.progress):
-            facts = self.shelf.find(weight)
-            if facts is None:
-                full, facts = filled(program, table)
-                self.shelf.put(weight, table.names, full.packed, facts)
-                del full
-            program.tables[weight] = replace(table, distortion=facts.distortion, kurtosis=facts.kurtosis)
+        for table, facts in track(self._packed(program), "embeddings", len(program.tables), self.progress):
+            program.tables[table.weight] = _known(table, facts)
         return PassResult(tuple(program.tables))
 
+    def _packed(self, program: Program) -> Iterator[tuple[Table, Facts]]:
+        """All tables, once each is on the shelf."""
+        left = []
+        for table in list(program.tables.values()):
+            if (facts := self.shelf.find(table.weight)) is not None:
+                yield table, facts
+            else:
+                left.append(table)
+        for table, ((packed, facts),) in self.spread(pack, ((table, _order(program, table)) for table in left)):
+            self.shelf.put(table.weight, table.names, replace(packed, rotation=table.packed.rotation), facts)
+            yield table, facts
 
-def filled(program: Program, table: Table) -> tuple[Table, Facts]:
-    """A table with its values packed, and what is known of them then."""
-    matrix, rotation, quantizer = program.values(table.weight), table.packed.rotation, table.packed.quantizer
-    before = excess_kurtosis(matrix)
-    turned = matrix.float() if rotation is None else rotation.apply(matrix.float())
-    packed = replace(quantizer.quantize(turned, encoder_for(turned.device)), rotation=rotation)
-    facts = Facts(relative_error(turned, packed.rotated()), packed.nbytes, (before, excess_kurtosis(turned)))
-    return replace(table, packed=packed, distortion=facts.distortion, kurtosis=facts.kurtosis), facts
+
+def _order(program: Program, table: Table) -> Order:
+    """What packing a table takes."""
+    return Order(table.packed.quantizer, (Parcel(program.where(table.weight), False, table.packed.rotation),))
+
+
+def _known(table: Table, facts: Facts) -> Table:
+    """A table with what is known of it once it is packed."""
+    return replace(table, distortion=facts.distortion, kurtosis=facts.kurtosis)
 
 
 def lookup_scale(module: nn.Embedding) -> float | None:

@@ -14,10 +14,11 @@ from qpc.ir.program import Program
 from qpc.ir.values import representatives
 from qpc.moments import MomentStream
 from qpc.plain_files import parse_json
-from qpc.quant.feedback import Feedback, StackFeedback
+from qpc.quant.feedback import Feedback, StackFeedback, row_deviations
 from qpc.quant.hadamard import block_within
 from qpc.quant.moment import filled_up
 from qpc.quant.rotation import Rotation, seeded_generator
+from qpc.quant.unfactored import Unfactored
 
 KEPT_BYTES = 4 << 30
 """Feedback of so much memory waits from the allocation until the rounding; the rest is made again."""
@@ -25,12 +26,20 @@ KEPT_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Job:
-    """A weight to pack: the nodes that apply it, the rotation of their input (None: it is rotated already), and the feedback for it."""
+    """A weight to pack: the nodes that apply it, the rotation of their input (None: it is rotated already), and the feedback for it.
+
+    feedback: kept from before, or what it is to be made of.
+    """
 
     key: "Key"
     sites: tuple[fx.Node, ...]
     rotation: Rotation | None
-    feedback: Feedback | StackFeedback | None
+    feedback: Feedback | StackFeedback | Unfactored | None
+
+    @property
+    def weight(self) -> str:
+        """Its name."""
+        return self.key[0]
 
 
 Key = tuple[str, str]
@@ -97,6 +106,7 @@ class Feedbacks:
     seed: int = 0
     rotation_block: int | None = None
     known: Known = field(default_factory=Known)
+    _rotations: dict[str, Rotation] = field(default_factory=dict)
 
     def stream(self, sequential: bool) -> MomentStream | None:
         """The samples at the beginning of the graph."""
@@ -114,40 +124,40 @@ class Feedbacks:
     def in_turn(self, stream: MomentStream | None) -> Iterator[list[Job]]:
         """The weights of one input after another, in the order in which the graph computes them."""
         signs = sign_owners(self.nodes)
-        rotations: dict[str, Rotation] = {}
         for weights in by_input(self.program, self.nodes, signs):
             site = site_of(weights[0][0])
             owner = signs[site.name]
             folded = site.weight in self.program.rotated
-            if owner not in rotations and not folded:
+            if owner not in self._rotations and not folded:
                 block = block_within(site.shape.in_features, self.rotation_block)
                 drawn = Rotation.random(site.shape.in_features, seeded_generator(self.seed, owner), block)
-                rotations[owner] = drawn.to(self.program.home(site.weight))
-            rotation = None if folded else rotations[owner]
+                self._rotations[owner] = drawn.to(self.program.home(site.weight))
+            rotation = None if folded else self._rotations[owner]
             jobs: list[Job] = []
             for sharing in weights:
                 key = (site_of(sharing[0]).weight, owner)
                 feedback = None
                 if stream is not None and self.samples is not None:
                     common = [] if self.samples.importance is not None or site_of(sharing[0]).experts else jobs
-                    known = next((job.feedback for job in common if isinstance(job.feedback, Feedback)), None)
+                    known = next((job.feedback for job in common if isinstance(job.feedback, Feedback | Unfactored)), None)
                     feedback = known or self._feedback(stream, sharing, rotation, key)
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
-    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback | StackFeedback:
+    def _feedback(
+        self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key
+    ) -> Feedback | StackFeedback | Unfactored:
         expected = self.known.expected.get(key)
         damping = None if expected is None else expected.damping
         kept = self.known.take(key)
         if kept is not None:
             return kept
         if site_of(sharing[0]).experts is not None:
-            moments = filled_up(stream.moments_of_experts(sharing))
-            return StackFeedback.of([moment if rotation is None else moment.rotated(rotation) for moment in moments])
-        moment = stream.moment(sharing)
-        found = Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+            return Unfactored(tuple(filled_up(stream.moments_of_experts(sharing))), rotation, stacked=True)
         outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
-        return found if outputs is None else found.and_of(outputs, stored_matrix(self.program, site_of(sharing[0])))
+        if outputs is not None:
+            outputs = outputs.scaled(row_deviations(stored_matrix(self.program, site_of(sharing[0]))))
+        return Unfactored((stream.moment(sharing),), rotation, damping=damping, gradients=outputs)
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:

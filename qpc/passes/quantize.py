@@ -1,37 +1,32 @@
 """Quantize: rotate each weight that has a quantizer, and pack it, with error feedback if there are samples of the inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import ClassVar
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qpc.calibration import Samples
 from qpc.ir.annotation import annotate, annotation, site_of
-from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
-from qpc.kernels.encoder import encoder_for
-from qpc.moments import MomentStream
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.descent import Descent
 from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.passes.packing import Order, Parcel, pack
 from qpc.passes.shelf import Facts, Shelf, hollow
 from qpc.passes.student import Student
 from qpc.passes.tune import Lessons, Tuning
 from qpc.progress import Progress, silent, track
 from qpc.quant.quantizer import PackedWeight, Quantizer
-from qpc.quant.stacking import quantize_stacked
+from qpc.spread import HERE, Spread
 
 WAITING_BYTES = 6 << 30
 """Weights of several inputs wait for each other until they need about so much memory."""
 
 WORK_BYTES = 16
 """Bytes for each weight that is being packed."""
-
-MEASURED_WEIGHTS = 1 << 22
-"""Weights whose errors are measured at a time, in float64."""
 
 GAUSSIAN_KURTOSIS = 1.0
 """Mean excess kurtosis of rotated rows above which a quantizer made for Gaussians loses visibly."""
@@ -50,6 +45,7 @@ class Quantize(Pass):
     tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
         same.
     shelf: takes every weight as soon as it is packed, and what it has already is not packed again; weights are then packed one by one.
+    spread: where they are packed.
     """
 
     name: ClassVar[str] = "quantize"
@@ -64,15 +60,17 @@ class Quantize(Pass):
     tuning: Tuning | None = None
     lessons: Samples | None = None
     shelf: Shelf | None = None
+    spread: Spread = HERE
 
     def run(self, program: Program) -> PassResult:
-        """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
+        """Pack every weight once, however many sites apply it: input by input, begun in the order in which the graph computes them."""
         nodes = [node for node in program.linears() if annotation(node).quantizer is not None]
         feedbacks = Feedbacks(program, tuple(nodes), self.samples, self.seed, self.rotation_block, self.known)
         sizes = {site_of(node).weight: site_of(node).shape.weights for node in nodes}
         lessons = self._lessons(program, sum(sizes.values()))
         for _ in track(self._in_turn(program, feedbacks, lessons), "quantize", len(sizes), self.progress):
             pass
+        program.packed = {site_of(node).name: program.packed[site_of(node).name] for node in nodes}
         remarks = list(self._far_from_gaussian(program, nodes))
         if lessons is not None:
             lessons.student.write()
@@ -97,68 +95,97 @@ class Quantize(Pass):
                 yield self.declined(name, reason)
 
     def _in_turn(self, program: Program, feedbacks: Feedbacks, lessons: Lessons | None) -> Iterator[None]:
-        """Pack all weights, in the order of their inputs; yields once for each."""
+        """Pack all weights; yields once for each."""
         stream = feedbacks.stream(self.sequential)
-        waiting: list[Job] = []
-        for jobs in feedbacks.in_turn(stream):
-            waiting += jobs
-            due = lessons is not None and lessons.due(jobs)
-            if due or self.shelf is not None or (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
-                yield from self._flush(program, waiting, stream, lessons)
-                waiting = []
-            if lessons is not None and due:
+        shelved = set(self._shelved(program, feedbacks))
+        yield from (None for _ in shelved)
+        turns = ([job for job in jobs if job.weight not in shelved] for jobs in feedbacks.in_turn(stream))
+        student = None if lessons is None else lessons.student
+        for stage in self._stages(turns, lessons):
+            for jobs, found in self.spread(pack, _orders(program, stage, student)):
+                for job, (packed, facts) in zip(jobs, found, strict=True):
+                    packed = replace(packed, rotation=job.rotation).to(program.home(job.weight))
+                    if stream is not None and self.sequential:
+                        stream.replace(dict.fromkeys(job.sites, packed.restored()))
+                    if student is not None:
+                        student.pack(job.weight, packed)
+                    if self.shelf is not None:
+                        self.shelf.put(job.weight, [site_of(node).name for node in job.sites], packed, facts)
+                        packed = _hollow(job)
+                    _record(program, job, packed, facts)
+                    yield None
+
+    def _shelved(self, program: Program, feedbacks: Feedbacks) -> Iterator[str]:
+        """Record the weights that are on the shelf already."""
+        if self.shelf is not None:
+            for job in chain.from_iterable(feedbacks.in_turn(None)):
+                if (facts := self.shelf.find(job.weight)) is not None:
+                    _record(program, job, _hollow(job), facts)
+                    yield job.weight
+
+    def _stages(self, turns: Iterator[list[Job]], lessons: Lessons | None) -> Iterator[Iterator[list[Job]]]:
+        """Weights that may be packed in any order, those of one list together; each stage is over before the next is asked for."""
+        waits = self.sequential and self.samples is not None
+        while (first := next(turns, None)) is not None:
+            yield self._together(_until_lesson(chain([first], () if waits else turns), lessons))
+            if lessons is not None and lessons.due:
                 lessons.teach()
-        yield from self._flush(program, waiting, stream, lessons)
 
-    def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None, lessons: Lessons | None) -> Iterator[None]:
-        """Pack what waits: weights of one quantizer and width together."""
-        alike: dict[tuple[Quantizer | None, int] | int, list[Job]] = {}
-        for number, job in enumerate(waiting):
-            if self.shelf is not None and (facts := self.shelf.find(site_of(job.sites[0]).weight)) is not None:
-                _record(program, job, _hollow(job), facts)
-                yield None
-                continue
-            first = job.sites[0]
-            key = (annotation(first).quantizer, site_of(first).shape.in_features)
-            alike.setdefault(key if self.shelf is None else number, []).append(job)
-        for jobs in alike.values():
-            made = self._pack(program, jobs, None if lessons is None else lessons.student)
-            if lessons is not None:
-                for job in jobs:
-                    lessons.student.pack(site_of(job.sites[0]).weight, program.packed[site_of(job.sites[0]).name])
-            if stream is not None and self.sequential:
-                for job, weight in zip(jobs, made, strict=True):
-                    stream.replace(dict.fromkeys(job.sites, weight if job.rotation is None else job.rotation.invert(weight)))
-            del made
-            yield from (None for _ in jobs)
+    def _together(self, turns: Iterable[list[Job]]) -> Iterator[list[Job]]:
+        """Weights of one quantizer and width, of as many inputs as memory allows, if they are not to be packed one by one."""
+        most = WAITING_BYTES if self.spread.together is None else self.spread.together
+        if self.shelf is not None or most == 0:
+            yield from ([job] for jobs in turns for job in jobs)
+            return
+        waiting: list[Job] = []
+        for jobs in turns:
+            waiting += jobs
+            if _weighs(waiting) > most:
+                yield from _alike(waiting)
+                waiting = []
+        yield from _alike(waiting)
 
-    def _pack(self, program: Program, jobs: list[Job], student: Student | None) -> list[Tensor]:
-        """Quantize weights of one quantizer and width, and record them: each as it is now, rotated float32 [out_features, in_features]."""
-        quantizer = annotation(jobs[0].sites[0]).quantizer
-        assert quantizer is not None
-        rotated, kurtosis = [], []
-        for job in jobs:
-            site = site_of(job.sites[0])
-            weight = stored_matrix(program, site).float() if student is None else student.matrix(site)
-            kurtosis.append(excess_kurtosis(weight))
-            rotated.append(weight if job.rotation is None else job.rotation.apply(weight))
-            del weight
-        found = quantize_stacked(quantizer, rotated, encoder_for(rotated[0].device), [job.feedback for job in jobs])
-        made = []
-        for job, original, before, packed in zip(jobs, kurtosis, rotated, found, strict=True):
-            packed = replace(packed, rotation=job.rotation)
-            made.append(packed.rotated())
-            facts = Facts(
-                distortion=relative_error(before, made[-1]),
-                weight_bytes=packed.nbytes,
-                kurtosis=(original, excess_kurtosis(before)),
-                remaining=None if job.feedback is None else job.feedback.share_left(before, made[-1], quantizer.distortion),
-            )
-            if self.shelf is not None:
-                self.shelf.put(site_of(job.sites[0]).weight, [site_of(node).name for node in job.sites], packed, facts)
-                packed = _hollow(job)
-            _record(program, job, packed, facts)
-        return made
+
+def _until_lesson(turns: Iterable[list[Job]], lessons: Lessons | None) -> Iterator[list[Job]]:
+    """The weights of a round, which are then counted; of all if there are no lessons."""
+    for jobs in turns:
+        yield jobs
+        if lessons is not None:
+            lessons.count(jobs)
+            if lessons.due:
+                return
+
+
+def _alike(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Weights of one quantizer and width together."""
+    found: dict[tuple[Quantizer | None, int], list[Job]] = {}
+    for job in jobs:
+        first = job.sites[0]
+        found.setdefault((annotation(first).quantizer, site_of(first).shape.in_features), []).append(job)
+    return list(found.values())
+
+
+def _orders(program: Program, stage: Iterable[list[Job]], student: Student | None) -> Iterator[tuple[list[Job], Order]]:
+    """What is to be packed, and for which jobs; their feedback is left out, so that nothing keeps it once it has been used."""
+    for jobs in stage:
+        bare, order = [replace(job, feedback=None) for job in jobs], _order(program, jobs, student)
+        del jobs
+        yield bare, order
+        del order
+
+
+def _order(program: Program, jobs: list[Job], student: Student | None) -> Order:
+    """What packing weights of one quantizer and width takes: each as it is now."""
+    quantizer = annotation(jobs[0].sites[0]).quantizer
+    assert quantizer is not None
+    parcels = []
+    for job in jobs:
+        site = site_of(job.sites[0])
+        if student is None:
+            parcels.append(Parcel(program.where(site.weight), site.transposed, job.rotation, job.feedback))
+        else:
+            parcels.append(Parcel(student.matrix(site), False, job.rotation, job.feedback))
+    return Order(quantizer, tuple(parcels))
 
 
 def _hollow(job: Job) -> PackedWeight:
@@ -175,35 +202,7 @@ def _record(program: Program, job: Job, packed: PackedWeight, facts: Facts) -> N
         annotate(node, annotation(node).but(**asdict(facts)))
 
 
-def _weighs(program: Program, waiting: list[Job]) -> int:
+def _weighs(waiting: list[Job]) -> int:
     """Bytes that waiting jobs hold, or will while they are packed."""
     held = {id(job.feedback): job.feedback.nbytes for job in waiting if job.feedback is not None}
     return sum(held.values()) + sum(WORK_BYTES * site_of(job.sites[0]).shape.weights for job in waiting)
-
-
-def excess_kurtosis(weight: Tensor) -> float:
-    """Mean excess kurtosis of the rows; 0 for a Gaussian. Rows of zeros are left out."""
-    found = []
-    for rows in _row_slabs(weight):
-        square = rows.double().square()
-        variance = square.mean(dim=1)
-        there = variance > 0
-        found.append(square[there].square().mean(dim=1) / variance[there].square())
-    each = torch.cat(found)
-    return float(each.mean() - 3) if len(each) else 0.0
-
-
-def relative_error(weight: Tensor, made: Tensor) -> float:
-    """Squared error over squared norm; 0 for a weight of zeros."""
-    norm, error = [], []
-    for rows, ours in zip(_row_slabs(weight), _row_slabs(made), strict=True):
-        wide = rows.double()
-        norm.append(wide.square().sum(dim=1))
-        error.append((wide - ours.double()).square().sum(dim=1))
-    total = float(torch.cat(norm).sum())
-    return float(torch.cat(error).sum()) / total if total > 0 else 0.0
-
-
-def _row_slabs(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Rows that are measured together, so that what is computed in float64 needs little memory."""
-    return torch.split(matrix, max(1, MEASURED_WEIGHTS // max(1, matrix.shape[1])))

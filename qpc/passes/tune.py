@@ -110,9 +110,13 @@ class Lessons:
         """Who learns."""
         return self.descent.student
 
-    def due(self, jobs: Iterable[Job]) -> bool:
-        """Whether a round, but not the last, ends with these weights."""
+    def count(self, jobs: Iterable[Job]) -> None:
+        """Count weights as rounded."""
         self.rounded += sum(site_of(job.sites[0]).shape.weights for job in jobs)
+
+    @property
+    def due(self) -> bool:
+        """Whether a round, but not the last, ends here."""
         return self.taught + 1 < self.tuning.rounds and self.rounded * self.tuning.rounds >= self.weights * (self.taught + 1)
 
     def teach(self) -> None:

@@ -85,14 +85,15 @@ class Feedback:
                 best = other
         return best
 
-    def and_of(self, gradients: Moment, weight: Tensor) -> "Feedback":
+    def and_of(self, gradients: Moment) -> "Feedback":
         """The same with feedback between rows.
 
-        gradients: the second moment of the gradients with respect to the outputs. weight: [out_features, in_features], which is rounded.
+        gradients: the second moment of the gradients with respect to the outputs, each of which is multiplied by the root mean square of
+        its row of the weight (`row_deviations`).
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
-        return replace(self, outputs=Feedback.of(gradients.scaled(row_deviations(weight)), block=BLOCK_ROWS))
+        return replace(self, outputs=Feedback.of(gradients, block=BLOCK_ROWS))
 
     @property
     def share(self) -> float:

@@ -4,7 +4,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-
 FIRST_REACH = 2
 """Cells to either side that are looked at first: 25 of them hold a dozen points, of which 8 are wanted."""
 

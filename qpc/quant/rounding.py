@@ -45,10 +45,13 @@ class RowFeedback:
         return RowFeedback(tuple(kept))
 
     def slabs(self, most_rows: int) -> Iterator[slice]:
-        """Ranges of so many rows, a multiple of 64, or of as many as the next coupled weight has if those are more."""
+        """Ranges of at most so many rows, a multiple of 64, or of as many as the next coupled weight has if those are more.
+
+        A weight is cut only if it is larger by itself, and always at the same rows: sums are then those that it would have alone.
+        """
         ends, start = [], 0
         for height, feedback in self.parts:
-            steps = range(start + BLOCK_ROWS, start + height, BLOCK_ROWS) if feedback.outputs is None else ()
+            steps = range(start + most_rows, start + height, most_rows) if feedback.outputs is None else ()
             ends += [*steps, start + height]
             start += height
         begin = 0

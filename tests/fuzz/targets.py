@@ -24,7 +24,7 @@ from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
 from qpc.quant import palette
-from qpc.quant.feedback import Feedback
+from qpc.quant.feedback import Feedback, row_deviations
 from qpc.quant.moment import Moment
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.quantizer import Quantizer
@@ -221,7 +221,7 @@ def pack(draw: Random) -> None:
         feedback = Feedback.of(Moment(inputs.T @ inputs, len(inputs)))
         if draw.random() < 0.5:
             gradients = torch.randn(draw.choice((1, 50)), rows, generator=generator) * draw.choice([0.0, 1e-20, 1.0, 1e18])
-            feedback = feedback.and_of(Moment(gradients.T @ gradients, len(gradients)), weight)
+            feedback = feedback.and_of(Moment(gradients.T @ gradients, len(gradients)).scaled(row_deviations(weight)))
     (packed,) = quantize_stacked(quantizer, [weight], None, None if feedback is None else [feedback])
     made = packed.rotated()
     assert made.shape == weight.shape and bool(made.isfinite().all()), f"{quantizer} {tuple(weight.shape)} {weight.dtype}"

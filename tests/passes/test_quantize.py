@@ -12,9 +12,10 @@ from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.moments import MomentStream
 from qpc.passes.canonicalize import Canonicalize
-from qpc.passes.feedbacks import by_input, sign_owners
+from qpc.passes.feedbacks import Feedbacks, by_input, sign_owners
 from qpc.passes.fusion import Fusion
-from qpc.passes.quantize import Quantize, excess_kurtosis, relative_error
+from qpc.passes.packing import excess_kurtosis, relative_error
+from qpc.passes.quantize import Quantize
 from qpc.quant.moment import Moment
 from qpc.quant.scalar import ScalarQuantizer
 from tests.families import grouped
@@ -111,6 +112,14 @@ def test_weights_come_input_by_input() -> None:
     program = grouped("llama")
     nodes = list(program.linears())
     assert [len(stage) for stage in by_input(program, nodes, sign_owners(nodes))] == [3, 1, 2, 1] * 2
+
+
+def test_signs_are_one_value_however_often_the_weights_are_asked_for() -> None:
+    """What reads one input then still has one rotation in a run that goes on where another was interrupted."""
+    program = allocated(Branches())
+    feedbacks = Feedbacks(program, tuple(program.linears()), None)
+    once, again = ([job.rotation for jobs in feedbacks.in_turn(None) for job in jobs] for _ in range(2))
+    assert len(once) == 3 and all(one is other for one, other in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("sequential", [True, False])

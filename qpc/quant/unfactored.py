@@ -1,0 +1,43 @@
+"""What error feedback is made of: making it is a pure function, which may be evaluated where and when there is room for its result."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from qpc.quant.feedback import Feedback, StackFeedback
+from qpc.quant.moment import Moment
+from qpc.quant.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class Unfactored:
+    """Second moments for the feedback of a weight, and how they are to be factored.
+
+    moments: of the inputs, as they are before any rotation; of a stack of experts those of each, else one. stacked: whether it is a stack.
+    rotation: of the inputs. damping: if it is known already. gradients: for feedback between rows too, as `Feedback.and_of` takes them.
+    """
+
+    moments: tuple[Moment, ...]
+    rotation: Rotation | None
+    stacked: bool = False
+    damping: float | None = None
+    gradients: Moment | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the moments, and about those of the feedback."""
+        moments = self.moments if self.gradients is None else (*self.moments, self.gradients)
+        return sum((3 if moment.held_out is None else 5) * moment.matrix.nbytes for moment in moments)
+
+    @cached_property
+    def feedback(self) -> Feedback | StackFeedback:
+        """Made once, for all weights that share it. Raises `QuantizerError` if a moment is not square or not finite."""
+        moments = [moment if self.rotation is None else moment.rotated(self.rotation) for moment in self.moments]
+        if self.stacked:
+            return StackFeedback.of(moments)
+        found = Feedback.of(moments[0], self.damping)
+        return found if self.gradients is None else found.and_of(self.gradients)
+
+
+def factored(source: Unfactored) -> Feedback | StackFeedback:
+    """Its feedback, as a function that can be spread."""
+    return source.feedback
