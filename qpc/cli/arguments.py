@@ -55,7 +55,12 @@ SensitivityMethod = Annotated[
     ),
 ]
 CalibrationSource = Annotated[
-    str, typer.Option("--calibration", metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="self|none|FILE",
+        help="Text for error feedback: the model's own, none, or a file (of text, or of `qpc sample`).",
+    ),
 ]
 CalibrationTokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)]
 CalibrationStart = Annotated[
