@@ -16,7 +16,7 @@ from qpc.errors import ModelError, QpcError
 from qpc.inductor.hook import register
 from qpc.ir.annotation import Annotation, annotation, site_of
 from qpc.ir.outline import outline
-from qpc.ir.program import Program
+from qpc.ir.program import Program, Remark
 from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
@@ -44,6 +44,8 @@ from qpc.report import Report, ReportRow, typical_block
 from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
+
+UNWEIGHED = "all positions count alike in the moments, which are taken without gradients"
 
 LESSON_SEED = 2_000_003
 """Added to the seed of a compile where the model samples more text, to learn from."""
@@ -212,12 +214,19 @@ def prepare(
         if options.weigh_positions and (rounds or not known.expected):
             samples, remarks = weighed(gradients)
             program.remarks += remarks
+        elif not options.weigh_positions:
+            program.remarks.append(unweighed(program))
         Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress),)).run(program)
         file.write(known)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress),)).run(program)
     return Prepared(sensitivities, samples, known)
+
+
+def unweighed(program: Program) -> Remark:
+    """That positions count alike."""
+    return Remark("calibration", type(program.module).__name__, UNWEIGHED)
 
 
 def rounding(program: Program, options: Options, prepared: Prepared, progress: Progress = silent) -> tuple[Pass, ...]:

@@ -19,6 +19,7 @@ from torch import nn
 
 import qpc
 from qpc.__main__ import main
+from qpc.calibration import Samples
 from qpc.cli import stream as stream_command
 from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.integrations.streamed import Stream, identity
@@ -28,7 +29,7 @@ from qpc.passes.embeddings import lookup_scale
 from qpc.sensitivity import Loss, Sensitivities
 from qpc.work_in_progress import working_on
 from tests import interrupted
-from tests.families import causal_lm, copied, decoder
+from tests.families import causal_lm, copied, decoder, tokens
 
 BUDGET = interrupted.BUDGET
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -159,17 +160,21 @@ def test_the_identity_is_that_of_weights_and_options(stored: Callable[[str], Pat
     """A copy with its times is the same model; any other option, weight or sensitivity is another one."""
     directory = shutil.copytree(stored("tiny"), tmp_path / "model")
     numbers = given(directory)
-    assert identity(directory, planned.options, numbers, "cpu") == planned.identity
+    known = planned.decisions
+    assert identity(directory, known, "cpu") == planned.identity
     louder = replace(numbers, values={name: 2 * value for name, value in numbers.values.items()})
+    text = Samples((tokens(),), (), "given")
     others = [
-        identity(directory, replace(planned.options, seed=1), numbers, "cpu"),
-        identity(directory, replace(planned.options, exclude=("*.0.*",)), numbers, "cpu"),
-        identity(directory, planned.options, louder, "cpu"),
+        identity(directory, replace(known, options=replace(known.options, seed=1)), "cpu"),
+        identity(directory, replace(known, options=replace(known.options, exclude=("*.0.*",))), "cpu"),
+        identity(directory, replace(known, sensitivities=louder), "cpu"),
+        identity(directory, replace(known, samples=text), "cpu"),
+        identity(directory, replace(known, samples=replace(text, batches=(tokens() + 1,))), "cpu"),
     ]
     path = min(directory.glob("*.safetensors"))
     os.utime(path, (0, 0))
-    others.append(identity(directory, planned.options, numbers, "cpu"))
-    assert len({json.dumps(other) for other in (planned.identity, *others)}) == 5
+    others.append(identity(directory, known, "cpu"))
+    assert len({json.dumps(other) for other in (planned.identity, *others)}) == 7
 
 
 def test_a_place_that_is_taken(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def compile_model(
         "rotation_block": rotation_block,
         "fold": fold,
         "embeddings": embeddings,
+        "row_feedback": row_feedback,
+        "tune": tune,
         "gpu": latency_for(gpu, budget),
         "batch": batch or 1,
     }
@@ -115,10 +117,8 @@ def compile_model(
                 budget,
                 calibration=data,
                 tokenizer=tokenizer,
-                row_feedback=row_feedback,
                 sensitivity=sensitivity,
                 sensitivities=given,
-                tune=tune,
                 progress=progress,
                 **options,
             )

@@ -1,5 +1,6 @@
 """Where the values of a model are that is larger than memory."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -16,3 +17,6 @@ class Source(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The values, in the shape and dtype that the module has. Raises `QpcError` if they cannot be read."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The same, some rows after the other. Raises `QpcError` as `read` does."""

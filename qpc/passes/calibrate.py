@@ -8,6 +8,7 @@ from qpc.calibration import Samples
 from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
+from qpc.moments import SecondMoments
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.feedbacks import Feedbacks, Job, Known
 from qpc.progress import Progress, silent, track
@@ -23,8 +24,9 @@ class Calibrate(Pass):
     where there are any, for on its own samples feedback looks better than it is. Each expert of a stack has a moment of its own, filled up
     from that of all (`filled_up`) where it read few inputs.
 
-    samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
-    already what is expected of all weights, nothing is measured.
+    samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; weights of which
+    it knows already what is expected are not measured. moments: those of the samples, if they are not to be taken with the whole model in
+    memory.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -35,6 +37,7 @@ class Calibrate(Pass):
     rotation_block: int | None = None
     known: Known = field(default_factory=Known)
     progress: Progress = silent
+    moments: SecondMoments | None = None
 
     def run(self, program: Program) -> PassResult:
         """Annotate every linear with its expected share."""
@@ -43,8 +46,8 @@ class Calibrate(Pass):
         jobs = [job for each in feedbacks.in_turn(None) for job in each]
         if any(job.key not in self.known.expected for job in jobs):
             for job in track(self._made(feedbacks), "calibrate", len(jobs), self.progress):
-                assert job.feedback is not None
-                self.known.keep(job.key, job.feedback)
+                if job.feedback is not None:
+                    self.known.keep(job.key, job.feedback)
         for job in jobs:
             for node in job.sites:
                 annotate(node, annotation(node).but(share=self.known.expected[job.key].share))
@@ -54,6 +57,7 @@ class Calibrate(Pass):
         return PassResult(tuple(site_of(node).name for node in nodes), remarks)
 
     def _made(self, feedbacks: Feedbacks) -> Iterator[Job]:
-        """The weights with their feedback."""
-        for jobs in feedbacks.in_turn(feedbacks.stream(sequential=False)):
+        """The weights with their feedback, if that was not known."""
+        moments = feedbacks.stream(sequential=False) if self.moments is None else self.moments
+        for jobs in feedbacks.in_turn(moments, self.known.expected.__contains__):
             yield from jobs

@@ -1,7 +1,7 @@
 """The rotation and the error feedback of each weight, input by input: what its expected loss and its rounding both start from."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -12,7 +12,7 @@ from qpc.ir.annotation import annotation, site_of
 from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.values import representatives
-from qpc.moments import MomentStream
+from qpc.moments import MomentStream, SecondMoments
 from qpc.plain_files import parse_json
 from qpc.quant.feedback import Feedback, StackFeedback
 from qpc.quant.hadamard import block_within
@@ -111,8 +111,11 @@ class Feedbacks:
             sequential=sequential,
         )
 
-    def in_turn(self, stream: MomentStream | None) -> Iterator[list[Job]]:
-        """The weights of one input after another, in the order in which the graph computes them."""
+    def in_turn(self, moments: SecondMoments | None, done: Callable[[Key], bool] = lambda key: False) -> Iterator[list[Job]]:
+        """The weights of one input after another, in the order in which the graph computes them.
+
+        moments: where those come from; None: no feedback. done: says which weights need none any more.
+        """
         signs = sign_owners(self.nodes)
         rotations: dict[str, Rotation] = {}
         for weights in by_input(self.program, self.nodes, signs):
@@ -128,23 +131,23 @@ class Feedbacks:
             for sharing in weights:
                 key = (site_of(sharing[0]).weight, owner)
                 feedback = None
-                if stream is not None and self.samples is not None:
+                if moments is not None and self.samples is not None and not done(key):
                     common = [] if self.samples.importance is not None or site_of(sharing[0]).experts else jobs
                     known = next((job.feedback for job in common if isinstance(job.feedback, Feedback)), None)
-                    feedback = known or self._feedback(stream, sharing, rotation, key)
+                    feedback = known or self._feedback(moments, sharing, rotation, key)
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
-    def _feedback(self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback | StackFeedback:
+    def _feedback(self, source: SecondMoments, sharing: list[fx.Node], rotation: Rotation | None, key: Key) -> Feedback | StackFeedback:
         expected = self.known.expected.get(key)
         damping = None if expected is None else expected.damping
         kept = self.known.take(key)
         if kept is not None:
             return kept
         if site_of(sharing[0]).experts is not None:
-            moments = filled_up(stream.moments_of_experts(sharing))
+            moments = filled_up(source.moments_of_experts(sharing))
             return StackFeedback.of([moment if rotation is None else moment.rotated(rotation) for moment in moments])
-        moment = stream.moment(sharing)
+        moment = source.moment(sharing)
         found = Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
         outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
         return found if outputs is None else found.and_of(outputs, stored_matrix(self.program, site_of(sharing[0])))

@@ -13,10 +13,10 @@ from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
 from qpc.kernels.encoder import encoder_for
-from qpc.moments import MomentStream
+from qpc.moments import SecondMoments
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.descent import Descent
-from qpc.passes.feedbacks import Feedbacks, Job, Known
+from qpc.passes.feedbacks import Feedbacks, Job, Key, Known
 from qpc.passes.shelf import Facts, Shelf, hollow
 from qpc.passes.student import Student
 from qpc.passes.tune import Lessons, Tuning
@@ -50,6 +50,7 @@ class Quantize(Pass):
     tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
         same.
     shelf: takes every weight as soon as it is packed, and what it has already is not packed again; weights are then packed one by one.
+    moments: those of the samples, if they are not to be taken with the whole model in memory.
     """
 
     name: ClassVar[str] = "quantize"
@@ -64,6 +65,7 @@ class Quantize(Pass):
     tuning: Tuning | None = None
     lessons: Samples | None = None
     shelf: Shelf | None = None
+    moments: SecondMoments | None = None
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, in the order in which the graph computes them."""
@@ -98,9 +100,9 @@ class Quantize(Pass):
 
     def _in_turn(self, program: Program, feedbacks: Feedbacks, lessons: Lessons | None) -> Iterator[None]:
         """Pack all weights, in the order of their inputs; yields once for each."""
-        stream = feedbacks.stream(self.sequential)
+        stream = feedbacks.stream(self.sequential) if self.moments is None else self.moments
         waiting: list[Job] = []
-        for jobs in feedbacks.in_turn(stream):
+        for jobs in feedbacks.in_turn(stream, self._packed):
             waiting += jobs
             due = lessons is not None and lessons.due(jobs)
             if due or self.shelf is not None or (self.sequential and stream is not None) or _weighs(program, waiting) > WAITING_BYTES:
@@ -110,7 +112,11 @@ class Quantize(Pass):
                 lessons.teach()
         yield from self._flush(program, waiting, stream, lessons)
 
-    def _flush(self, program: Program, waiting: list[Job], stream: MomentStream | None, lessons: Lessons | None) -> Iterator[None]:
+    def _packed(self, key: Key) -> bool:
+        """Whether a weight is on the shelf already."""
+        return self.shelf is not None and self.shelf.find(key[0]) is not None
+
+    def _flush(self, program: Program, waiting: list[Job], stream: SecondMoments | None, lessons: Lessons | None) -> Iterator[None]:
         """Pack what waits: weights of one quantizer and width together."""
         alike: dict[tuple[Quantizer | None, int] | int, list[Job]] = {}
         for number, job in enumerate(waiting):
