@@ -11,12 +11,13 @@ from qpc.safetensors_source import SafetensorsSource
 class HeldSource:
     """A `Source` that keeps what was read of the tensors that are held; all others are read anew each time.
 
-    reads: how often each tensor was read as a whole.
+    reads: how often each tensor was read as a whole. most_bytes: what was kept at most.
     """
 
     def __init__(self, source: SafetensorsSource) -> None:
         self.device: torch.device = source.device
         self.reads: dict[str, int] = {}
+        self.most_bytes = 0
         self._source = source
         self._kept: dict[str, Tensor | None] = {}
 
@@ -32,6 +33,7 @@ class HeldSource:
             self.reads[name] = self.reads.get(name, 0) + 1
             if name in self._kept:
                 self._kept[name] = value
+                self.most_bytes = max(self.most_bytes, sum(kept.nbytes for kept in self._kept.values() if kept is not None))
         return value
 
     def pieces(self, name: str) -> Iterator[Tensor]:
