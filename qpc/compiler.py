@@ -41,7 +41,7 @@ from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow, typical_block
-from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite
+from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite, fitted
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
 
@@ -204,7 +204,9 @@ def prepare(
     gradients = None if samples is None else Gradients(program, samples, options.seed, progress, moments)
     if sensitivities is None:
         sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
-        program.remarks += remarks
+    else:
+        sensitivities, remarks = fitted(program, sensitivities)
+    program.remarks += remarks
     known = Known()
     if samples is not None and gradients is not None:
         settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}

@@ -39,7 +39,7 @@ from qpc.quant.palette import default_palette
 from qpc.quant.quantizer import PackedWeight
 from qpc.quant.rotation import Rotation
 from qpc.safetensors_source import SafetensorsSource
-from qpc.sensitivity import Sensitivities
+from qpc.sensitivity import Sensitivities, fitted
 from qpc.spill import Spill
 from qpc.spilled_moments import SpilledMoments
 from qpc.work_in_progress import WorkInProgress
@@ -68,27 +68,6 @@ def check_options(options: Options, sensitivities: Sensitivities | None) -> tupl
     return replace(options, weigh_positions=False, tune=None), sensitivities
 
 
-def grouped(model: nn.Module, source: SafetensorsSource, options: Options, progress: Progress = silent) -> tuple[Program, Samples | None]:
-    """A program at GROUPED, without a look at any weight, and the inputs of its calibration.
-
-    model: on the meta device, but for buffers that no file has. Raises `QpcError` as `qpc.compile` does.
-    """
-    program = captured(model, options)
-    program.source = HeldSource(source)
-    _leave_meta(program.graph, source.device)
-    group(program, options)
-    samples, remarks = collect(options.calibration, program, options.seed, progress)
-    program.remarks += remarks
-    if samples is not None:
-        program.calibration = samples.description
-        program.remarks.append(unweighed(program))
-        segments(program)
-    if options.embeddings is not None:
-        quantizer = default_palette(options.effort).at(options.embeddings)
-        Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, postponed=True),)).run(program)
-    return program, samples
-
-
 @dataclass(frozen=True)
 class Decisions:
     """What the passes decide by. samples: of the calibration; None: there is none."""
@@ -100,6 +79,29 @@ class Decisions:
     def allocate(self) -> Allocate:
         """The pass that allocates."""
         return self.options.allocate(self.options.budget, self.sensitivities)
+
+
+def grouped(model: nn.Module, source: SafetensorsSource, options: Options, sensitivities: Sensitivities) -> tuple[Program, Decisions]:
+    """A program at GROUPED, without a look at any weight, and what will be decided by.
+
+    model: on the meta device, but for buffers that no file has. Raises `QpcError` as `qpc.compile` does.
+    """
+    program = captured(model, options)
+    program.source = HeldSource(source)
+    _leave_meta(program.graph, source.device)
+    group(program, options)
+    samples, remarks = collect(options.calibration, program, options.seed)
+    sensitivities, more = fitted(program, sensitivities)
+    program.remarks += remarks + more
+    decisions = Decisions(options, sensitivities, samples)
+    if samples is not None:
+        program.calibration = samples.description
+        program.remarks.append(unweighed(program))
+        segments(program)
+    if options.embeddings is not None:
+        quantizer = default_palette(options.effort).at(options.embeddings)
+        Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, postponed=True),)).run(program)
+    return program, decisions
 
 
 def fill(

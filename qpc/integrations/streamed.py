@@ -60,9 +60,8 @@ class Stream:
         model = hf.skeleton(directory)
         prefix = getattr(model, "base_model_prefix", "")
         source = SafetensorsSource(directory, named_tensors(model), torch.device(device), f"{prefix}." if prefix else "")
-        program, samples = streaming.grouped(model, source, options)
-        decisions = Decisions(options, given, samples)
-        if samples is None:
+        program, decisions = streaming.grouped(model, source, options, given)
+        if decisions.samples is None:
             Pipeline((decisions.allocate(),)).run(program)
         elif options.budget.loss is None:
             decisions.allocate().solve(program)  # a budget that nothing fits is refused before any work

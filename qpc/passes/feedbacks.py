@@ -148,7 +148,8 @@ class Feedbacks:
             moments = filled_up(source.moments_of_experts(sharing))
             return StackFeedback.of([moment if rotation is None else moment.rotated(rotation) for moment in moments])
         moment = source.moment(sharing)
-        found = Feedback.of(moment if rotation is None else moment.rotated(rotation), damping)
+        moment = moment if rotation is None else moment.rotated(rotation)  # the other is then forgotten, for both are large
+        found = Feedback.of(moment, damping)
         outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
         return found if outputs is None else found.and_of(outputs, stored_matrix(self.program, site_of(sharing[0])))
 
