@@ -4,7 +4,7 @@ All moments are those of the original model, as a `MomentStream` that is not seq
 same batches in the same order.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,27 +16,21 @@ from qpc.calibration import Samples
 from qpc.held_source import HeldSource
 from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
-from qpc.ir.segments import Segment, segments
+from qpc.ir.segments import segments
 from qpc.ir.values import representatives
-from qpc.ir.walk import evaluated, last_uses
 from qpc.moments import ExpertSums, Sum
+from qpc.partial_run import PartialRun
 from qpc.quant.moment import Moment
 from qpc.spill import Spill
 
 MOMENT_BYTES = 1 << 30
 """Moments of so many bytes are taken in one run through a part, at least one; a part that has more of them is run again."""
 
-_LOOKUP = torch.ops.aten.embedding.default
-
 Key = tuple[fx.Node, ...]
 """Which values a moment is of: what the linears of one weight read, or those linears themselves if it is a stack of experts."""
 
 Sums = Mapping[Key, tuple[Sum | ExpertSums, Sum | ExpertSums]]
 """Of inputs, and of those that are held out."""
-
-
-Adders = Mapping[fx.Node, Sequence[Callable[[list[Any]], None]]]
-"""What is called with the arguments of a linear before it is computed."""
 
 
 class SpilledMoments:
@@ -137,73 +131,22 @@ class SpilledMoments:
         """Run one segment on all inputs: what its linears read is added up, and what it leaves is put on the disk unless it is there."""
         segment = self._segments[number]
         self._spill.drop_before(number)
-        self._source.hold(self._program.tensors[name] for name in segment.tensors)
         sites: dict[fx.Node, list[tuple[Sum | ExpertSums, Sum | ExpertSums]]] = {}
         for key, pair in sums.items():
             for node in self._wanted[number][key]:
                 sites.setdefault(node, []).append(pair)
-        writes = segment.result is not None and not self._spill.has(number + 1)
-        part = segment if writes else segment.until(sites)
-        dead = last_uses(part.nodes)
+        writes = number + 1 < len(self._segments) and not self._spill.has(number + 1)
+        run = PartialRun(self._program, segment if writes else segment.until(sites), self._source)
         with self._spill.writing(number + 1) if writes else nullcontext() as writer:
             for index, (held, batch) in enumerate(self._inputs):
-                adders: Adders = {node: [partial(_add, pair[held]) for pair in pairs] for node, pairs in sites.items()}
-                start = None if segment.start is None else self._spill.read(number, index)
-                value = self._through(part, dead, batch, start, adders)
+                watches = {node: [partial(_add, pair[held]) for pair in pairs] for node, pairs in sites.items()}
+                left = run(batch, self._spill.read(number, index) if number else None, watches)
                 if writer is not None:
-                    writer.append(value)
-
-    def _through(
-        self,
-        part: Segment,
-        dead: Mapping[fx.Node, list[fx.Node]],
-        batch: Tensor,
-        start: Tensor | None,
-        adders: Adders,
-    ) -> Any:
-        """The result of a segment for one batch; adders are shown what linears read."""
-        values: dict[fx.Node, Any] = {} if part.start is None or start is None else {part.start: start.to(self._source.device)}
-        for node in self._program.graph.find_nodes(op="placeholder"):
-            if node.name in self._program.inputs:
-                values[node] = batch.to(self._source.device)
-            elif node.name in part.tensors and not self._is_looked_up(node, part):
-                values[node] = self._program.values(self._program.tensors[node.name])
-        result: Any = None
-        for node in part.nodes:
-            for add in adders.get(node, ()):
-                add([values[argument] if isinstance(argument, fx.Node) else argument for argument in node.args])
-            if node.target is _LOOKUP and node.args[0] not in values:
-                values[node] = self._rows(node, values)
-            else:
-                values[node] = evaluated(self._program.graph_module, node, values)
-            if node is part.result:
-                result = values[node]
-            for used in dead[node]:
-                values.pop(used, None)
-        return result
-
-    def _is_looked_up(self, placeholder: fx.Node, part: Segment) -> bool:
-        """Whether a part does nothing with a stored parameter but look rows up."""
-        readers = set(part.nodes).intersection(placeholder.users)
-        stored = self._program.tensor(self._program.tensors[placeholder.name]).is_meta
-        return stored and all(reader.target is _LOOKUP and reader.args[0] is placeholder for reader in readers)
-
-    def _rows(self, lookup: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
-        """The rows of a table that is read piece by piece, for it may be larger than any layer."""
-        table, indices = lookup.args[:2]
-        assert isinstance(table, fx.Node) and isinstance(indices, fx.Node)
-        wanted, start = values[indices], 0
-        made: Tensor | None = None
-        for piece in self._source.pieces(self._program.tensors[table.name]):
-            made = piece.new_empty((*wanted.shape, piece.shape[1])) if made is None else made
-            inside = (wanted >= start) & (wanted < start + len(piece))
-            made[inside] = piece[wanted[inside] - start]
-            start += len(piece)
-        assert made is not None, "a table has rows"
-        return made
+                    assert left is not None
+                    writer.append(left)
 
 
-def _add(total: Sum | ExpertSums, args: list[Any]) -> None:
+def _add(total: Sum | ExpertSums, args: Sequence[Any]) -> None:
     if isinstance(total, ExpertSums):
         total.add(args[0], args[2])
     else:

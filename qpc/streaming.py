@@ -16,14 +16,16 @@ from torch import Tensor, fx, nn
 
 from qpc import checkpoint, tensor_files
 from qpc.calibration import Samples, SelfSampled, collect
-from qpc.compiler import captured, finish, group, install, unweighed
+from qpc.compiler import captured, finish, group, install, report_of, unweighed
 from qpc.disk_shelf import DiskShelf
 from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.held_source import HeldSource
 from qpc.ir.annotation import annotation, site_of
-from qpc.ir.program import Program, named_tensors
+from qpc.ir.program import Program, Remark, named_tensors
+from qpc.ir.random_inputs import random_inputs
 from qpc.ir.segments import segments
 from qpc.ir.stage import Stage
+from qpc.layerwise import estimate_by_layers
 from qpc.noted_shares import NotedShares
 from qpc.options import Options
 from qpc.passes.allocate import Allocate
@@ -39,18 +41,21 @@ from qpc.quant.palette import default_palette
 from qpc.quant.quantizer import PackedWeight
 from qpc.quant.rotation import Rotation
 from qpc.safetensors_source import SafetensorsSource
-from qpc.sensitivity import Sensitivities, fitted
+from qpc.sensitivity import Loss, Sensitivities, fitted
+from qpc.sensitivity_cache import NOISE_POSITIONS
 from qpc.spill import Spill
 from qpc.spilled_moments import SpilledMoments
 from qpc.work_in_progress import WorkInProgress
 
+ESTIMATED = "estimated layer by layer, each of which is taken to pass errors on alike; no KL is predicted by them"
 
-def check_options(options: Options, sensitivities: Sensitivities | None) -> tuple[Options, Sensitivities]:
-    """What a model can be compiled with part by part: the options, without what needs gradients. Raises `SettingsError` if it cannot be."""
-    if sensitivities is None:
+
+def check_options(options: Options, sensitivities: Sensitivities | None) -> Options:
+    """The options with which a model is compiled part by part, without what needs gradients. Raises `SettingsError` if it cannot be."""
+    if sensitivities is None and options.budget.loss is not None:
         raise SettingsError(
-            "sensitivities are estimated with the whole model in memory, which is read part by part; give a file of them "
-            "(--sensitivities FILE), which `qpc sensitivities` writes"
+            "sensitivities of a model that is read part by part are estimated layer by layer and predict no KL; give those that "
+            "`qpc sensitivities` wrote elsewhere, of it or of another size of its family (--sensitivities FILE), or another budget"
         )
     if isinstance(options.calibration, SelfSampled):
         raise SettingsError(
@@ -65,23 +70,33 @@ def check_options(options: Options, sensitivities: Sensitivities | None) -> tupl
         raise SettingsError("gradients say how errors are carried between rows; they need the whole model: leave it (--row-feedback off)")
     if options.tune is not None and options.tune.anywhere:
         raise SettingsError("scales and norms are tuned by gradients, which need the whole model in memory; leave it (--tune off)")
-    return replace(options, weigh_positions=False, tune=None), sensitivities
+    return replace(options, weigh_positions=False, tune=None)
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What the passes decide by. samples: of the calibration; None: there is none."""
+    """What the passes decide by.
+
+    sensitivities: None: they are to be estimated layer by layer. samples: of the calibration; None: there is none.
+    """
 
     options: Options
-    sensitivities: Sensitivities
+    sensitivities: Sensitivities | None
     samples: Samples | None
 
     def allocate(self) -> Allocate:
-        """The pass that allocates."""
+        """The pass that allocates; all linears matter alike as long as nothing else is known."""
         return self.options.allocate(self.options.budget, self.sensitivities)
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing has to be found out by a sweep through the model before it is allocated."""
+        return self.sensitivities is not None and self.samples is None
 
-def grouped(model: nn.Module, source: SafetensorsSource, options: Options, sensitivities: Sensitivities) -> tuple[Program, Decisions]:
+
+def grouped(
+    model: nn.Module, source: SafetensorsSource, options: Options, sensitivities: Sensitivities | None
+) -> tuple[Program, Decisions]:
     """A program at GROUPED, without a look at any weight, and what will be decided by.
 
     model: on the meta device, but for buffers that no file has. Raises `QpcError` as `qpc.compile` does.
@@ -91,13 +106,18 @@ def grouped(model: nn.Module, source: SafetensorsSource, options: Options, sensi
     _leave_meta(program.graph, source.device)
     group(program, options)
     samples, remarks = collect(options.calibration, program, options.seed)
-    sensitivities, more = fitted(program, sensitivities)
-    program.remarks += remarks + more
+    program.remarks += remarks
+    if sensitivities is None:
+        program.remarks.append(Remark("sensitivities", type(model).__name__, ESTIMATED))
+    else:
+        sensitivities, remarks = fitted(program, sensitivities)
+        program.remarks += remarks
     decisions = Decisions(options, sensitivities, samples)
     if samples is not None:
         program.calibration = samples.description
         program.remarks.append(unweighed(program))
-        segments(program)
+    if not decisions.complete:
+        segments(program)  # an error comes before any work
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, postponed=True),)).run(program)
@@ -118,15 +138,18 @@ def fill(
     `BudgetError` if no allocation fits, and `CheckpointError` if something cannot be written, or was allocated otherwise when the work
     began.
     """
-    options, samples, source = decisions.options, decisions.samples, program.source
+    options, samples, source, seed = decisions.options, decisions.samples, program.source, decisions.options.seed
     assert isinstance(source, HeldSource), "as `grouped` leaves it"
     known = NotedShares.of(work)
     if program.stage is Stage.GROUPED:
         _check_finite(program.module, source, work, progress)
+        if decisions.sensitivities is None:
+            found = estimate_by_layers(program, _some_text(program, samples, seed), source, work, seed=seed, progress=progress)
+            decisions = replace(decisions, sensitivities=found)
         before: tuple[Pass, ...] = ()
         if samples is not None:
             sweep = spilled(program, samples, work, "calibrate")
-            before = (Calibrate(samples, options.seed, options.rotation_block, known, progress, sweep),)
+            before = (Calibrate(samples, seed, options.rotation_block, known, progress, sweep),)
         Pipeline((*before, decisions.allocate())).run(program)
     _agree(work, program)
     _check_finite(program.module, source, work, progress)
@@ -139,15 +162,26 @@ def fill(
             if not shelf.has(name):
                 shelf.copy(name, source.pieces(name) if live[name].is_meta else [live[name]])
         moments = None if samples is None else spilled(program, samples, work, "quantize")
-        quantize = Quantize(options.seed, options.rotation_block, progress, samples, known=known, shelf=shelf, moments=moments)
+        quantize = Quantize(seed, options.rotation_block, progress, samples, known=known, shelf=shelf, moments=moments)
         Pipeline((*tables, quantize)).run(program)
         if moments is not None:
             moments.close()
         result = finish(program, options)
+        if decisions.sensitivities is None or decisions.sensitivities.loss is not Loss.KL:
+            result.qpc_report = replace(report_of(result), predicted_loss=None)  # type: ignore[assignment]
         with work.writing():
             tensor_files.write_index(work.directory, tensor_files.shards(expected, shard_bytes))
             checkpoint.write_manifest(result, work.directory, shelf.checksums)
     return result
+
+
+def _some_text(program: Program, samples: Samples | None, seed: int) -> Tensor:
+    """Sequences on which sensitivities are estimated: held-out ones if there are any, else random tokens."""
+    if samples is None:
+        (tokens,) = random_inputs(program, batch=NOISE_POSITIONS // 64, length=64, seed=seed, device="cpu")
+        return tokens
+    batch = (samples.held_out or samples.batches)[0]
+    return batch[: max(1, NOISE_POSITIONS // batch[0].numel())]
 
 
 def spilled(program: Program, samples: Samples, work: WorkInProgress, sweep: str) -> SpilledMoments:

@@ -12,22 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import qpc
 from qpc import calibration, spilled_moments
 from qpc.calibration import Samples
 from qpc.capture import capture
-from qpc.compiler import build, finish
+from qpc.compiler import build, captured, finish
 from qpc.errors import BudgetError, SettingsError
 from qpc.held_source import HeldSource
 from qpc.integrations.streamed import Stream
 from qpc.integrations.transformers import load_pretrained
 from qpc.ir.annotation import site_of
+from qpc.layerwise import estimate_by_layers
 from qpc.moments import MomentStream
 from qpc.options import Options
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
+from qpc.sensitivity import perturbed
 from qpc.spill import Spill
 from qpc.spilled_moments import SpilledMoments
 from qpc.work_in_progress import working_on
@@ -191,3 +194,55 @@ def test_a_budget_that_nothing_fits_is_refused_before_any_work(stored: Callable[
     with pytest.raises(BudgetError):
         qpc.stream(stored("small"), tmp_path / "out", 0.1, calibration=TEXT, sensitivities=given(stored("small")), effort="fast")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sensitivities_are_estimated_layer_by_layer(stored: Callable[[str], Path], tmp_path: Path) -> None:
+    """Against the definition in a model in memory; an estimate that was interrupted goes on where it was."""
+    directory, seed = stored("small"), 4
+    network = load_pretrained(directory)[0]
+    program = captured(network, Options.of(3))
+    Pipeline((Canonicalize(), Fusion())).run(program)
+    text = tokens(4, 16)
+
+    def stop(task: str, done: int, total: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), working_on(tmp_path / "out", {}) as work:
+        assert work is not None
+        estimate_by_layers(program, text, HeldSource(Live()), work, seed=seed, progress=stop)
+    with working_on(tmp_path / "out", {}) as work:
+        assert work is not None
+        found = estimate_by_layers(program, text, HeldSource(Live()), work, seed=seed)
+        assert len([entry for entry in work.entries if "sensitivity" in entry]) == len(found.values) == 14
+        assert list(work.directory.iterdir()) == []
+    for name, value in found.values.items():
+        attention, layer = "self_attn" in name, name.partition("layers.")[2][0]
+        behind = f"model.layers.{layer}.post_attention_layernorm" if attention else "model.norm" if layer == "1" else "model.layers.1"
+        before = read_by(network, behind, text)
+        weight = network.get_parameter(f"{name}.weight")
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(perturbed(kept, 0.01, (seed, f"{name}.weight")))
+            after = read_by(network, behind, text)
+            weight.copy_(kept)
+        expected = float((after - before).square().sum() / before.square().sum()) / 0.01
+        assert value == pytest.approx(expected, rel=1e-3)
+
+
+def read_by(network: nn.Module, name: str, text: Tensor) -> Tensor:
+    """What a module reads, in float64."""
+    seen: list[Tensor] = []
+    handle = network.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    network(text)
+    handle.remove()
+    return seen[0].detach().double()
+
+
+def test_without_a_file_no_kl_is_predicted(stored: Callable[[str], Path], tmp_path: Path) -> None:
+    report = qpc.stream(stored("small"), tmp_path / "out", 2.5, effort="fast")
+    assert report.predicted_loss is None and any("estimated layer by layer" in remark for remark in report.remarks)
+    assert len({row.sensitivity for row in report.rows}) == 14 and report.bits_per_weight <= 2.5
+    assert qpc.verify(tmp_path / "out").intact

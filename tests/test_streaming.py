@@ -272,7 +272,6 @@ def test_the_command(
     for options, words in (
         (("--stream", *known, "--fold"), "--no-fold"),
         (("--stream", *known[:2]), "--calibration none"),
-        (("--stream", *known[2:]), "--sensitivities FILE"),
     ):
         assert command(*begin, *options, "-o", tmp_path / "other") == 2
         assert words in capfd.readouterr().err
@@ -285,5 +284,5 @@ def test_what_cannot_be_read_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
         qpc.stream(tmp_path / "model.gguf", tmp_path / "out", 3, sensitivities=Sensitivities({}, Loss.KL, 0.0, 0, 1))
-    with pytest.raises(SettingsError, match="sensitivities"):
-        qpc.stream(tmp_path, tmp_path / "out", 3)
+    with pytest.raises(SettingsError, match="predict no KL; give those that `qpc sensitivities` wrote"):
+        qpc.stream(tmp_path, tmp_path / "out", "0.1nats")

@@ -53,15 +53,15 @@ class Stream:
 
         Raises `QpcError` if the model, an option or the budget cannot be used, or asks for the whole model in memory.
         """
-        options, given = streaming.check_options(options, sensitivities)
+        options = streaming.check_options(options, sensitivities)
         if hf.gguf_file(directory) is not None:
             raise ModelError(f"{directory} is a GGUF file, which is read as a whole; compile it without --stream, or convert it first")
         hf.check_directory(directory)
         model = hf.skeleton(directory)
         prefix = getattr(model, "base_model_prefix", "")
         source = SafetensorsSource(directory, named_tensors(model), torch.device(device), f"{prefix}." if prefix else "")
-        program, decisions = streaming.grouped(model, source, options, given)
-        if decisions.samples is None:
+        program, decisions = streaming.grouped(model, source, options, sensitivities)
+        if decisions.complete:
             Pipeline((decisions.allocate(),)).run(program)
         elif options.budget.loss is None:
             decisions.allocate().solve(program)  # a budget that nothing fits is refused before any work
@@ -113,7 +113,8 @@ def stream(
     memory is about four times the largest weight that is packed, in float32, and what Python and the encoder take; with a calibration that
     of half a decoder layer, of the moments of its widest linear and of what their factors take, and of the activations of 4096 positions.
 
-    sensitivities: of the linears; they cannot be estimated in so little memory. calibration: the path of a text file, or of tokens that
+    sensitivities: of the linears, or of those of another size of the family; by default they are estimated layer by layer, which compares
+    linears and predicts no KL. calibration: the path of a text file, or of tokens that
     `qpc sample` wrote; tokens, int64 [sequences, length] or an iterable of such; or None, without error feedback. The activations wait in
     OUT.partial, in two files at most of positions times width values. device: where weights are packed. Other arguments are those of
     `qpc.compile` and `qpc.save`.
@@ -146,7 +147,7 @@ def identity(directory: Path, decisions: Decisions, device: torch.device | str) 
     beside = [path for path in (directory / "config.json", directory / "generation_config.json") if path.is_file()]
     return {
         "model": _short([files, [path.read_text(encoding="utf-8") for path in beside]]),
-        "sensitivities": _short(decisions.sensitivities.to_json()),
+        "sensitivities": None if decisions.sensitivities is None else _short(decisions.sensitivities.to_json()),
         "calibration": None if samples is None else digest([*samples.batches, *samples.held_out])[:16],
         "budget": str(options.budget),
         "effort": str(options.effort),

@@ -5,7 +5,7 @@ a decoder between attention and feed-forward network, and between layers, where 
 inputs alone (positions, masks) or on parameters alone (a transposed weight) is made again in each part that needs it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -21,24 +21,24 @@ class Segment:
     """A part of a graph.
 
     start: the value that comes from the part before; None for the first, which begins with the inputs. nodes: what it computes, in order.
-    result: the value that the next part needs; None for the last. tensors: names of the placeholders of the parameters and buffers that it
-    reads.
+    result: the value that it leaves, the only one that is needed after it. tensors: names of the placeholders of the parameters and buffers
+    that it reads.
     """
 
     start: fx.Node | None
     nodes: tuple[fx.Node, ...]
-    result: fx.Node | None
+    result: fx.Node
     tensors: tuple[str, ...]
 
     def until(self, last: Iterable[fx.Node]) -> "Segment":
         """What is computed up to the last of some nodes."""
         wanted = set(last)
         stop = max(position for position, node in enumerate(self.nodes, start=1) if node in wanted)
-        return replace(self, nodes=self.nodes[:stop], result=None)
+        return replace(self, nodes=self.nodes[:stop])
 
 
 def segments(program: Program) -> list[Segment]:
-    """Cut a program at CANONICAL or later into as many segments as have a linear each; what follows the last linear belongs to none.
+    """Cut a program at CANONICAL or later into as many segments as have a linear each; what follows the last of them belongs to none.
 
     Raises `ModelError` if there is no place to cut it, or it writes into values.
     """
@@ -47,13 +47,17 @@ def segments(program: Program) -> list[Segment]:
         raise ModelError(f"the graph of {name} writes into values, so it cannot be run in parts")
     nodes = [node for node in program.graph.nodes if node.op != "output"]
     flowing = _flowing(program, nodes)
-    cuts = _cuts(nodes, flowing)
+    narrow = _narrow(nodes, flowing)
+    end = max(position for position, node in enumerate(nodes) if annotation(node).site is not None)
+    cuts = _cuts(nodes[:end], narrow)
     if not cuts:
         raise ModelError(f"the graph of {name} has no place that only one value passes, so it cannot be run in parts")
-    found, start, first = [], None, 0
-    for stop in [*cuts, _end(nodes)]:
-        result = None if stop == _end(nodes) else _only(nodes, flowing, stop)
+    last = next((position for position in range(end, len(nodes)) if position in narrow), end)
+    found: list[Segment] = []
+    start, first = None, 0
+    for stop in [*cuts, last]:
         inside = [node for node in nodes[first : stop + 1] if node in flowing]
+        result = narrow.get(stop, nodes[stop])
         found.append(_segment(program, nodes, flowing, start, inside, result))
         start, first = result, stop + 1
     return found
@@ -71,43 +75,43 @@ def _flowing(program: Program, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return by_input & by_parameter
 
 
-def _cuts(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> list[int]:
-    """Positions behind which a graph is cut: the first that can be, after at least one linear, and before another."""
+def _narrow(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> dict[int, fx.Node]:
+    """Positions behind which nothing that flows is needed but one tensor, and that tensor."""
     order = {node: position for position, node in enumerate(nodes)}
-    last = {node: max((order[user] for user in node.users if user in order), default=-1) for node in flowing}
-    spans: dict[str, list[int]] = {}
-    for node in nodes:
-        if annotation(node).site is not None:
-            spans.setdefault(site_of(node).weight, []).append(order[node])
-    shared = [(min(places), max(places)) for places in spans.values() if len(places) > 1]
-    end, found, live, has_site = _end(nodes), [], set[fx.Node](), False
-    for position, node in enumerate(nodes[:end]):
-        has_site = has_site or annotation(node).site is not None
+    last = {node: max((order.get(user, len(nodes)) for user in node.users), default=-1) for node in flowing}
+    found: dict[int, fx.Node] = {}
+    live: set[fx.Node] = set()
+    for position, node in enumerate(nodes):
         if node in flowing:
             live.add(node)
         live = {other for other in live if last[other] > position}
-        if not has_site or len(live) != 1 or not isinstance(fake_value(next(iter(live))), Tensor):
-            continue
-        if not any(start <= position < stop for start, stop in shared):
+        if len(live) == 1:
+            (value,) = live
+            if isinstance(fake_value(value), Tensor):
+                found[position] = value
+    return found
+
+
+def _cuts(nodes: Sequence[fx.Node], narrow: Mapping[int, fx.Node]) -> list[int]:
+    """Positions behind which a graph is cut: the first that can be, after at least one linear.
+
+    nodes: up to the last linear. Between two linears of one weight nothing is cut.
+    """
+    spans: dict[str, list[int]] = {}
+    for position, node in enumerate(nodes):
+        if annotation(node).site is not None:
+            spans.setdefault(site_of(node).weight, []).append(position)
+    found, has_site = [], False
+    for position, node in enumerate(nodes):
+        has_site = has_site or annotation(node).site is not None
+        if has_site and position in narrow and not any(places[0] <= position < places[-1] for places in spans.values()):
             found.append(position)
             has_site = False
     return found
 
 
-def _end(nodes: Sequence[fx.Node]) -> int:
-    """The position of the last linear."""
-    return max(position for position, node in enumerate(nodes) if annotation(node).site is not None)
-
-
-def _only(nodes: Sequence[fx.Node], flowing: set[fx.Node], cut: int) -> fx.Node:
-    """The one value that passes a cut."""
-    before = set(nodes[: cut + 1])
-    (value,) = [node for node in nodes[: cut + 1] if node in flowing and any(user not in before for user in node.users)]
-    return value
-
-
 def _segment(
-    program: Program, nodes: Sequence[fx.Node], flowing: set[fx.Node], start: fx.Node | None, inside: list[fx.Node], result: fx.Node | None
+    program: Program, nodes: Sequence[fx.Node], flowing: set[fx.Node], start: fx.Node | None, inside: list[fx.Node], result: fx.Node
 ) -> Segment:
     """The nodes inside, and whatever else they need, in the order of the graph."""
     needed, pending = set(inside), list(inside)
