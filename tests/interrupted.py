@@ -32,7 +32,7 @@ from tests.families import copied, tokens
 BUDGET = "2.3bit"
 SHARD_BYTES = 40_000
 KILLS, LAST_KILLS, FULL_DISKS = 20, 3, 5
-CALIBRATED_KILLS = 7
+CALIBRATED_KILLS, CALIBRATED_LAST_KILLS = 4, 1
 DISK_FULL = 3
 """Exit code of a run that found the disk full."""
 
@@ -60,7 +60,7 @@ class Runs:
 
     def __init__(self, model: Path, home: Path, calibrated: bool = False) -> None:
         torch.set_num_threads(1)
-        self.kills = CALIBRATED_KILLS if calibrated else KILLS
+        self.kills, self.last_kills = (CALIBRATED_KILLS, CALIBRATED_LAST_KILLS) if calibrated else (KILLS, LAST_KILLS)
         self.home, self.draw = home, random.Random(0)
         sensitivities = Sensitivities.from_json((model / "sensitivities.json").read_text(encoding="utf-8"))
         text = tokens(20, 24) if calibrated else None
@@ -131,7 +131,7 @@ class Runs:
     def killed(self, number: int) -> Trial:
         """SIGKILL at a moment after a part of the steps that grows with the number; the last while the result gets its name."""
         output, last = self.home / f"killed-{number}", len(lines(self.home / "all_lines")) + 1
-        wanted = min(last, round(number * last / (self.kills - LAST_KILLS)))
+        wanted = min(last, round(number * last / (self.kills - self.last_kills)))
         process = self.begin(output)
         while len(lines(journal(output))) < wanted and os.waitpid(process, os.WNOHANG) == (0, 0):
             time.sleep(0 if wanted == last else 0.002)

@@ -65,7 +65,7 @@ def in_memory(directory: Path, output: Path, budget: object, **options: Any) -> 
     qpc.save(finish(program, parsed), output, tokenizer_from=directory, shard_bytes=interrupted.SHARD_BYTES)
 
 
-@pytest.mark.parametrize(("name", "embeddings"), [("llama_tied", 8), ("gpt2", None)])
+@pytest.mark.parametrize(("name", "embeddings"), [("llama_tied", 2), ("gpt2", None)])
 def test_the_bytes_are_those_of_a_compile_in_memory(
     name: str, embeddings: int | None, stored: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,11 +94,11 @@ def test_interrupted_at_any_moment(stored: Callable[[str], Path], tmp_path: Path
     assert len(killed) == interrupted.CALIBRATED_KILLS
     assert all(trial.same and trial.repeated == 0 for trial in killed), killed
     assert len({trial.finished for trial in killed}) > interrupted.CALIBRATED_KILLS // 2, "at different moments"
-    assert sum(trial.code < 0 for trial in killed) >= interrupted.CALIBRATED_KILLS - interrupted.LAST_KILLS
+    assert sum(trial.code < 0 for trial in killed) >= interrupted.CALIBRATED_KILLS - interrupted.CALIBRATED_LAST_KILLS
     assert damaged.same and damaged.repeated > 0 and damaged.code < 0, damaged
 
 
-@pytest.mark.parametrize(("family", "together"), [("llama", True), ("gemma3", False), ("gpt2", True), ("phi3", False)])
+@pytest.mark.parametrize(("family", "together"), [("gemma3", False), ("gpt2", True)])
 def test_moments_are_those_of_a_model_in_memory(family: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whether they are taken in one run through a segment or in several; in two files at most, which are gone in the end."""
     if not together:
@@ -148,13 +148,13 @@ class Live:
 def test_the_memory_is_that_of_a_layer(tmp_path: Path) -> None:
     """However many layers there are. Most weights go through the sweeps and into the result, but are excluded from packing."""
     growth = {}
-    for layers in (2, 6):
+    for layers in (2, 5):
         model = decoder("Llama", num_hidden_layers=layers, intermediate_size=26_000)
         directory = tmp_path / str(layers)
         model.save_pretrained(directory)
         numbers = sensitivities(model)
         del model
-        text = {"calibration": tokens(8, 16), "exclude": "*mlp*", "effort": "fast"}
+        text = {"calibration": tokens(8, 16), "exclude": ("*mlp*", "*.[qkv]_proj"), "effort": "fast"}
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is then what is held now
         before = memory_bytes("VmRSS")
@@ -163,7 +163,7 @@ def test_the_memory_is_that_of_a_layer(tmp_path: Path) -> None:
         growth[layers] = memory_bytes("VmHWM") - before
         source = plan.program.source
         assert isinstance(source, HeldSource) and LAYER_BYTES <= source.most_bytes < 1.1 * LAYER_BYTES
-    assert growth[6] - growth[2] < 1.5 * LAYER_BYTES, growth
+    assert growth[5] - growth[2] < 1.5 * LAYER_BYTES, growth
 
 
 LAYER_BYTES = 3 * 26_000 * WIDTH * 4
@@ -182,7 +182,6 @@ def memory_bytes(what: str) -> int:
         ({"calibration": "self"}, "cannot sample text.*qpc sample.*--calibration none"),
         ({"calibration": TEXT, "row_feedback": "on"}, "--row-feedback off"),
         ({"calibration": TEXT, "tune": 5}, "--tune off"),
-        ({"calibration": TEXT + 96}, r"must lie in 0\.\.95"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(options: dict[str, Any], message: str, stored: Callable[[str], Path]) -> None:
@@ -192,7 +191,7 @@ def test_what_needs_the_whole_model_is_refused(options: dict[str, Any], message:
 
 def test_a_budget_that_nothing_fits_is_refused_before_any_work(stored: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
-        qpc.stream(stored("small"), tmp_path / "out", 0.1, calibration=TEXT, sensitivities=given(stored("small")), effort="fast")
+        qpc.stream(stored("gpt2"), tmp_path / "out", 0.1, calibration=TEXT, sensitivities=given(stored("gpt2")), effort="fast")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +241,7 @@ def read_by(network: nn.Module, name: str, text: Tensor) -> Tensor:
 
 
 def test_without_a_file_no_kl_is_predicted(stored: Callable[[str], Path], tmp_path: Path) -> None:
-    report = qpc.stream(stored("small"), tmp_path / "out", 2.5, effort="fast")
+    report = qpc.stream(stored("gpt2"), tmp_path / "out", 2.5, effort="fast")
     assert report.predicted_loss is None and any("estimated layer by layer" in remark for remark in report.remarks)
-    assert len({row.sensitivity for row in report.rows}) == 14 and report.bits_per_weight <= 2.5
+    assert len({row.sensitivity for row in report.rows}) == 4 and report.bits_per_weight <= 2.5
     assert qpc.verify(tmp_path / "out").intact
