@@ -71,7 +71,8 @@ def estimate_by_layers(
             raise ModelError(f"{site.name}: its layer leaves values that are not finite when its weight has noise of {NOISE}")
         work.record(step=f"sensitivity {site.weight}", weight=site.weight, sensitivity=value)
         found[site.weight] = value
-    spill.clear()
-    source.hold(())
+    if run is not None:  # else a later sweep may be on its way, whose activations are to stay
+        spill.clear()
+        source.hold(())
     values = {site_of(node).name: found[site_of(node).weight] for node in program.linears()}
     return Sensitivities(values, Loss.RELATIVE_ERROR, NOISE, seed, tokens.numel(), Method.LAYERS)

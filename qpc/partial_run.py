@@ -45,7 +45,7 @@ class PartialRun:
             if node.name in self._program.inputs:
                 values[node] = batch.to(self._source.device)
             elif node.name in self._segment.tensors and not self._is_looked_up(node):
-                values[node] = self._program.values(self._program.tensors[node.name])
+                values[node] = self._program.values(self._program.tensors[node.name]).to(self._source.device)
         result: Tensor | None = None
         for node in self._segment.nodes:
             for watch in watches.get(node, ()):
@@ -53,7 +53,8 @@ class PartialRun:
             if node.target is _LOOKUP and node.args[0] not in values:
                 values[node] = self._rows(node, values)
             else:
-                values[node] = evaluated(self._program.graph_module, node, values, weights)
+                value = evaluated(self._program.graph_module, node, values, weights)
+                values[node] = value.to(self._source.device) if node.op == "get_attr" else value
             if node is self._segment.result:
                 result = values[node]
             for used in self._dead[node]:

@@ -41,7 +41,7 @@ from qpc.quant.palette import default_palette
 from qpc.quant.quantizer import PackedWeight
 from qpc.quant.rotation import Rotation
 from qpc.safetensors_source import SafetensorsSource
-from qpc.sensitivity import Loss, Sensitivities, fitted
+from qpc.sensitivity import Method, Sensitivities, fitted
 from qpc.sensitivity_cache import NOISE_POSITIONS
 from qpc.spill import Spill
 from qpc.spilled_moments import SpilledMoments
@@ -61,6 +61,11 @@ def check_options(options: Options, sensitivities: Sensitivities | None) -> Opti
         raise SettingsError(
             "a model that is read part by part cannot sample text; give a file of text, or of tokens that `qpc sample` wrote on another "
             "machine (--calibration FILE), or round without error feedback (--calibration none)"
+        )
+    if options.sensitivity.method is not Method.GRADIENT and sensitivities is None:
+        raise SettingsError(
+            f"sensitivities by {options.sensitivity} need the whole model in memory, which is read part by part; leave --sensitivity, and "
+            "they are estimated layer by layer, or give a file of them (--sensitivities FILE)"
         )
     if options.fold:
         raise SettingsError(
@@ -143,14 +148,15 @@ def fill(
     known = NotedShares.of(work)
     if program.stage is Stage.GROUPED:
         _check_finite(program.module, source, work, progress)
+        allocate = decisions.allocate()
         if decisions.sensitivities is None:
             found = estimate_by_layers(program, _some_text(program, samples, seed), source, work, seed=seed, progress=progress)
-            decisions = replace(decisions, sensitivities=found)
+            allocate = replace(allocate, sensitivities=found)
         before: tuple[Pass, ...] = ()
         if samples is not None:
             sweep = spilled(program, samples, work, "calibrate")
             before = (Calibrate(samples, seed, options.rotation_block, known, progress, sweep),)
-        Pipeline((*before, decisions.allocate())).run(program)
+        Pipeline((*before, allocate)).run(program)
     _agree(work, program)
     _check_finite(program.module, source, work, progress)
     expected = layout(program)
@@ -167,7 +173,7 @@ def fill(
         if moments is not None:
             moments.close()
         result = finish(program, options)
-        if decisions.sensitivities is None or decisions.sensitivities.loss is not Loss.KL:
+        if decisions.sensitivities is None:
             result.qpc_report = replace(report_of(result), predicted_loss=None)  # type: ignore[assignment]
         with work.writing():
             tensor_files.write_index(work.directory, tensor_files.shards(expected, shard_bytes))

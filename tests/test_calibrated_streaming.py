@@ -182,11 +182,12 @@ def memory_bytes(what: str) -> int:
         ({"calibration": "self"}, "cannot sample text.*qpc sample.*--calibration none"),
         ({"calibration": TEXT, "row_feedback": "on"}, "--row-feedback off"),
         ({"calibration": TEXT, "tune": 5}, "--tune off"),
+        ({"calibration": TEXT, "sensitivity": "random"}, "sensitivities by random need the whole model"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(options: dict[str, Any], message: str, stored: Callable[[str], Path]) -> None:
     with pytest.raises(SettingsError, match=message):
-        Stream.of(stored("small"), Options.of(3, effort="fast", **options), given(stored("small")))
+        Stream.of(stored("small"), Options.of(3, effort="fast", **options), None)
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_any_work(stored: Callable[[str], Path], tmp_path: Path) -> None:
@@ -215,6 +216,9 @@ def test_sensitivities_are_estimated_layer_by_layer(stored: Callable[[str], Path
         found = estimate_by_layers(program, text, HeldSource(Live()), work, seed=seed)
         assert len([entry for entry in work.entries if "sensitivity" in entry]) == len(found.values) == 14
         assert list(work.directory.iterdir()) == []
+        later = work.directory / "activations-later-00001"
+        later.touch()
+        assert estimate_by_layers(program, text, HeldSource(Live()), work, seed=seed) == found and later.exists()
     for name, value in found.values.items():
         attention, layer = "self_attn" in name, name.partition("layers.")[2][0]
         behind = f"model.layers.{layer}.post_attention_layernorm" if attention else "model.norm" if layer == "1" else "model.layers.1"

@@ -80,7 +80,7 @@ Streaming = Annotated[
     bool | None,
     typer.Option(
         "--stream/--no-stream",
-        help="Read MODEL part by part, and go on where it was interrupted; needs --sensitivities, and --calibration FILE or none.",
+        help="Read MODEL part by part, and go on where it was interrupted; needs --calibration FILE or none.",
         show_default="if it does not fit into memory",
     ),
 ]

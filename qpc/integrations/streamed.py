@@ -148,7 +148,7 @@ def identity(directory: Path, decisions: Decisions, device: torch.device | str) 
     return {
         "model": _short([files, [path.read_text(encoding="utf-8") for path in beside]]),
         "sensitivities": None if decisions.sensitivities is None else _short(decisions.sensitivities.to_json()),
-        "calibration": None if samples is None else digest([*samples.batches, *samples.held_out])[:16],
+        "calibration": None if samples is None else _short([samples.description, digest([*samples.batches, *samples.held_out])]),
         "budget": str(options.budget),
         "effort": str(options.effort),
         "seed": options.seed,

@@ -33,7 +33,7 @@ DEFAULT_DAMPING = 1e-2
 DAMPING_STEP = 10**0.5
 """With held-out samples the damping climbs or descends from there by such steps as long as they lose less."""
 
-SLAB = 1024
+SLAB = 512
 """Columns that are worked on at a time, a multiple of every block, so that temporaries are small beside the matrices."""
 
 DAMPING_RANGE = (1e-5, 10.0)
