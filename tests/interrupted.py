@@ -1,8 +1,8 @@
 """Runs of `qpc.stream` that are ended at many moments and begun again: `python -m tests.interrupted MODEL DIRECTORY` tells how they end.
 
-With a third argument, "calibrated", they have error feedback. This process plans once and makes the tables of the encoder; each run is a
-fork of it, which starts within milliseconds. It has one thread, so that forking is safe. MODEL holds sensitivities.json too. The last line
-is JSON: a list of `Trial`.
+This process plans once, and once more with error feedback, and makes the tables of the encoder; each run is a fork of it, which starts
+within milliseconds. It has one thread, so that forking is safe. MODEL holds sensitivities.json too. The last line is JSON: a list of
+`Trial`.
 """
 
 import gc
@@ -62,6 +62,7 @@ class Runs:
         torch.set_num_threads(1)
         self.kills, self.last_kills = (CALIBRATED_KILLS, CALIBRATED_LAST_KILLS) if calibrated else (KILLS, LAST_KILLS)
         self.home, self.draw = home, random.Random(0)
+        home.mkdir(exist_ok=True)
         sensitivities = Sensitivities.from_json((model / "sensitivities.json").read_text(encoding="utf-8"))
         text = tokens(20, 24) if calibrated else None
         self.plan = Stream.of(model, Options.of(BUDGET, effort="fast", calibration=text), sensitivities)
@@ -82,6 +83,7 @@ class Runs:
         else:
             assert self.wait(self.begin(self.undisturbed, count)) == 0
         self.steps = int((home / "steps").read_text())
+        shutil.copyfile(home / "all_steps", home / "all_lines")
 
     def begin(self, output: Path, event: Event | None = None) -> int:
         """A run in a process of its own, by its id."""
@@ -142,7 +144,7 @@ class Runs:
             code = self.wait(process)
         except ChildProcessError:  # it had ended before
             code = 0
-        return self.go_on("killed", output, code)
+        return self.go_on("killed with samples" if self.plan.decisions.samples else "killed", output, code)
 
     def starved(self, number: int) -> Trial:
         """From some step on the system refuses every write, by a limit of the size of files."""
@@ -228,15 +230,10 @@ def equal(one: Path, other: Path) -> bool:
     return found == expected
 
 
-def main(model: Path, home: Path, calibrated: bool) -> None:
+def main(model: Path, home: Path) -> None:
     """All trials."""
-    runs = Runs(model, home, calibrated)
-    shutil.copyfile(home / "all_steps", home / "all_lines")
+    runs = Runs(model, home)
     trials = [runs.killed(number) for number in range(runs.kills)]
-    if calibrated:
-        trials.append(runs.damaged("lost activations", lose_activations, moment=0.95))
-        print(json.dumps([asdict(trial) for trial in trials]))
-        return
     trials += [runs.starved(number) for number in range(FULL_DISKS)]
     trials += [runs.damaged("lost tensors", lose_tensors), runs.damaged("torn journal", tear_journal)]
     disk = home / "disk"
@@ -248,8 +245,11 @@ def main(model: Path, home: Path, calibrated: bool) -> None:
             trials.append(runs.too_small(disk))
         finally:
             subprocess.run(["umount", disk], check=True)
+    runs = Runs(model, home / "calibrated", calibrated=True)
+    trials += [runs.killed(number) for number in range(runs.kills)]
+    trials.append(runs.damaged("lost activations", lose_activations, moment=0.95))
     print(json.dumps([asdict(trial) for trial in trials]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), "calibrated" in sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

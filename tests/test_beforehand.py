@@ -30,14 +30,14 @@ def command(*arguments: str | Path) -> object:
 def test_given_or_found_out_the_bytes_are_the_same(tiny_directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Tokens and sensitivities from files that the commands wrote; few tokens, so that there is something to remark."""
     text, numbers = tmp_path / "tokens.safetensors", tmp_path / "sensitivities.json"
-    assert command("sample", tiny_directory, "-o", text, "--tokens", "300", "--seed", "2", "--json") == 0
+    assert command("sample", tiny_directory, "-o", text, "--tokens", "100", "--seed", "2", "--json") == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["source"] == "self-sampled from bos at temperature 1" and "300" not in told["source"]
-    assert told["sequences"] * told["length"] >= 300 and "are few" in told["remarks"][0]
+    assert told["source"] == "self-sampled from bos at temperature 1"
+    assert told["sequences"] * told["length"] >= 100 and "are few" in told["remarks"][0]
     assert command("sensitivities", tiny_directory, "-o", numbers, "--calibration", text, "--seed", "2") == 0
     assert "by gradient on" in capfd.readouterr().out
     begin = ("compile", tiny_directory, "--bits", "2.5", "--effort", "fast", "--seed", "2", "--json", "--device", "cpu")
-    assert command(*begin, "-o", tmp_path / "self", "--calibration-tokens", "300") == 0
+    assert command(*begin, "-o", tmp_path / "self", "--calibration-tokens", "100") == 0
     assert command(*begin, "-o", tmp_path / "given", "--calibration", text, "--sensitivities", numbers) == 0
     assert interrupted.equal(tmp_path / "self", tmp_path / "given")
 
@@ -100,10 +100,13 @@ def test_files_that_hold_no_tokens(write: Callable[[Path], Any], message: str, t
 def test_what_cannot_be_sampled_or_written(tiny_directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert command("sample", tiny_directory, "-o", tmp_path / "tokens.txt") == 2
     assert "must end in .safetensors" in capfd.readouterr().err
+    (tmp_path / "b.safetensors").mkdir()
     for name in ("sample", "sensitivities"):
-        tail = ("--tokens", "64") if name == "sample" else ("--calibration-tokens", "64")
-        assert command(name, tiny_directory, "-o", tmp_path / "nowhere" / "a.safetensors", *tail) == 2
-        assert "cannot be written" in capfd.readouterr().err
+        for place, reason in (("nowhere/a.safetensors", "there is no such directory"), ("b.safetensors", "it is a directory")):
+            assert command(name, tiny_directory, "-o", tmp_path / place) == 2
+            assert f"cannot be written: {reason}" in capfd.readouterr().err
+    with pytest.raises(SettingsError, match="cannot be written"):
+        TokenFile(tokens(), ORIGIN).write(tmp_path / "b.safetensors")
     network, _ = load_pretrained(tiny_directory)
     network.config.use_cache, network.can_generate = False, lambda: False  # type: ignore[method-assign, assignment]
     with pytest.raises(ModelError, match=r"cannot generate text.*calibrate on a text file"):

@@ -122,10 +122,14 @@ def test_interrupted_at_any_moment(stored: Callable[[str], Path], tmp_path: Path
     kinds = {kind: [trial for trial in trials if trial.kind == kind] for kind in dict.fromkeys(trial.kind for trial in trials)}
     full = [trial for trial in trials if trial.kind in ("full", "starved", "too small")]
     assert len(kinds["killed"]) == interrupted.KILLS and len(full) >= interrupted.FULL_DISKS
+    assert len(kinds["killed with samples"]) == interrupted.CALIBRATED_KILLS and kinds["lost activations"]
     for trial in trials:
-        assert trial.same and (trial.repeated == 0) == (trial.kind != "lost tensors"), trial
+        assert trial.same and (trial.repeated == 0) == (trial.kind not in ("lost tensors", "lost activations")), trial
     assert len({trial.finished for trial in kinds["killed"]}) > interrupted.KILLS // 2, "at different moments"
     assert sum(trial.code < 0 for trial in kinds["killed"]) >= interrupted.KILLS - interrupted.LAST_KILLS
+    with_samples = kinds["killed with samples"]
+    assert len({trial.finished for trial in with_samples}) > interrupted.CALIBRATED_KILLS // 2, "at different moments"
+    assert sum(trial.code < 0 for trial in with_samples) >= interrupted.CALIBRATED_KILLS - interrupted.CALIBRATED_LAST_KILLS
     for trial in full:
         assert trial.code == interrupted.DISK_FULL and "make room and start again" in trial.told, trial
     assert len({trial.finished for trial in full if trial.kind == "starved"}) > interrupted.FULL_DISKS // 2, "at different moments"

@@ -64,6 +64,12 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
 
 
+def check_place(path: Path) -> None:
+    """Raise `UsageError` if a file cannot be at a path, before it takes time to make it."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'there is no such directory'}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file. Raises `UsageError` if that cannot be done."""
     try:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qpc.cli.arguments import AsJson, CalibrationStart, Device, ModelPath, Seed
-from qpc.cli.inputs import load_original, pick_device
+from qpc.cli.inputs import check_place, load_original, pick_device
 from qpc.cli.output import note, print_json
 from qpc.terminal import ProgressBars, silent_stdout
 
@@ -33,6 +33,7 @@ def sample_text(
 
     if output.suffix != ".safetensors":
         raise UsageError(f"--output {output} must end in .safetensors, by which a compile knows tokens from text")
+    check_place(output)
     network, tokenizer = load_original(model)
     wanted = parse_calibration("self", tokenizer=tokenizer, tokens=tokens, start=start)
     assert isinstance(wanted, SelfSampled)

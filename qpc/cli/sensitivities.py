@@ -16,7 +16,7 @@ from qpc.cli.arguments import (
     Seed,
     SensitivityMethod,
 )
-from qpc.cli.inputs import load_original, pick_device, write_text
+from qpc.cli.inputs import check_place, load_original, pick_device, write_text
 from qpc.cli.output import note, print_json
 from qpc.terminal import ProgressBars, silent_stdout
 
@@ -43,6 +43,7 @@ def estimate_sensitivities(
     from qpc.calibration import parse as parse_calibration
     from qpc.sensitivity_cache import parse as parse_sensitivity
 
+    check_place(output)
     network, tokenizer = load_original(model)
     data = parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
     wanted = parse_sensitivity(sensitivity, tokenizer=tokenizer)
