@@ -49,7 +49,7 @@ def segments(program: Program) -> list[Segment]:
     flowing = _flowing(program, nodes)
     narrow = _narrow(nodes, flowing)
     end = max(position for position, node in enumerate(nodes) if annotation(node).site is not None)
-    cuts = _cuts(nodes[:end], narrow)
+    cuts = _cuts(nodes[: end + 1], narrow)
     if not cuts:
         raise ModelError(f"the graph of {name} has no place that only one value passes, so it cannot be run in parts")
     last = next((position for position in range(end, len(nodes)) if position in narrow), end)
@@ -95,14 +95,14 @@ def _narrow(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> dict[int, fx.Nod
 def _cuts(nodes: Sequence[fx.Node], narrow: Mapping[int, fx.Node]) -> list[int]:
     """Positions behind which a graph is cut: the first that can be, after at least one linear.
 
-    nodes: up to the last linear. Between two linears of one weight nothing is cut.
+    nodes: up to the last linear, before which the last cut must be. Between two linears of one weight nothing is cut.
     """
     spans: dict[str, list[int]] = {}
     for position, node in enumerate(nodes):
         if annotation(node).site is not None:
             spans.setdefault(site_of(node).weight, []).append(position)
     found, has_site = [], False
-    for position, node in enumerate(nodes):
+    for position, node in enumerate(nodes[:-1]):
         has_site = has_site or annotation(node).site is not None
         if has_site and position in narrow and not any(places[0] <= position < places[-1] for places in spans.values()):
             found.append(position)
