@@ -22,6 +22,7 @@ from qpc.progress import Progress, silent
 from qpc.quant.moment import Moment
 from qpc.sampling import Start, cannot_sample, chat_opening, sample
 from qpc.settings import Settings
+from qpc.token_file import Origin, TokenFile
 
 MOST_TOKENS = 128 * 256
 """Tokens that are sampled, or read from a text, unless one asks for another number."""
@@ -73,9 +74,13 @@ class SelfSampled:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Inputs of the model: of a language model token ids, int64 [sequences, length]; else tensors with a batch as first axis."""
+    """Inputs of the model: of a language model token ids, int64 [sequences, length]; else tensors with a batch as first axis.
+
+    origin: of tokens that a model sampled before.
+    """
 
     batches: tuple[Tensor, ...]
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         for batch in self.batches:
@@ -86,7 +91,7 @@ class Given:
             raise SettingsError("calibration: no batches were given")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Given) or len(other.batches) != len(self.batches):
+        if not isinstance(other, Given) or len(other.batches) != len(self.batches) or other.origin != self.origin:
             return False
         return all(one is two or torch.equal(one, two) for one, two in zip(self.batches, other.batches, strict=True))
 
@@ -94,7 +99,7 @@ class Given:
         return hash(tuple(batch.shape for batch in self.batches))
 
     def __str__(self) -> str:
-        return "given"
+        return "given" if self.origin is None else self.origin.source
 
 
 Calibration = SelfSampled | Given
@@ -133,8 +138,9 @@ def parse(
 ) -> Calibration | None:
     """The calibration that an option means.
 
-    value: "self"; "none" or None; a `SelfSampled` or `Given`; the path of a UTF-8 text file; texts (a list of str); a tensor of tokens,
-    or an iterable of them. tokenizer: reads the texts, and knows the opening of a chat. tokens: of the text or samples. start: of samples.
+    value: "self"; "none" or None; a `SelfSampled` or `Given`; the path of a UTF-8 text file, or of tokens that `qpc sample` wrote
+    (.safetensors); texts (a list of str); a tensor of tokens, or an iterable of them. tokenizer: reads the texts, and knows the opening of
+    a chat. tokens: of the text or samples. start: of samples.
 
     Raises `SettingsError` for anything else, and for a text or a chat without tokenizer.
     """
@@ -144,6 +150,8 @@ def parse(
         return _with_opening(replace(found, tokens=tokens or found.tokens, start=Start.parse(start or found.start)), tokenizer)
     if start is not None:
         raise SettingsError(f"calibration: a start ({start}) is for text that the model samples from itself")
+    if isinstance(value, str | Path) and Path(value).suffix == ".safetensors":
+        return _from_samples(Path(value), tokens)
     if isinstance(value, str | Path) and value != "none":
         return _from_texts([_text(Path(value))], tokenizer, tokens)
     if isinstance(value, Sequence) and value and not isinstance(value, str) and all(isinstance(text, str) for text in value):
@@ -174,14 +182,15 @@ def collect(
     match calibration:
         case None:
             return None, ()
-        case Given(batches):
+        case Given(batches, origin):
             _check_inputs(program, batches)
-            return _split(batches, str(calibration)), ()
+            remarks = () if origin is None else _of_samples(program, sum(batch.numel() for batch in batches), origin)
+            return _split(batches, str(calibration)), remarks
         case SelfSampled():
             reason = _no_text(program) or cannot_sample(program.module)
             if reason is None:
                 try:
-                    tokens, remarks = _self_sampled(calibration, program, seed, progress)
+                    tokens, remarks = self_sampled(calibration, program, seed, progress)
                     return _split((tokens,), str(calibration)), remarks
                 except ModelError as error:
                     reason = str(error)
@@ -229,6 +238,36 @@ def _from_texts(texts: Iterable[str], tokenizer: Any | None, tokens: int | None)
     return Given((torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length),))
 
 
+def _from_samples(path: Path, tokens: int | None) -> Given:
+    """The tokens of a file, as many sequences as are asked for."""
+    found = TokenFile.read(path)
+    sequences, length = found.tokens.shape
+    if tokens is not None and tokens > sequences * length:
+        raise SettingsError(f"calibration: {path} has {sequences * length} tokens, {tokens} were asked for; sample more, or ask for fewer")
+    wanted = sequences if tokens is None else -(-tokens // length)
+    return Given((found.tokens[:wanted],), found.origin)
+
+
+def _of_samples(program: Program, tokens: int, origin: Origin) -> tuple[Remark, ...]:
+    """What is to be said of samples that come from a file."""
+    size, model = vocabulary(program, _input(program)), type(program.module).__name__
+    other = f"the tokens were sampled from a vocabulary of {origin.vocabulary}, this model has one of {size}"
+    return _few(program, tokens) + ((Remark("calibration", model, other),) if size != origin.vocabulary else ())
+
+
+def _few(program: Program, tokens: int) -> tuple[Remark, ...]:
+    """A remark if so many samples are few for the widest linear."""
+    widest = _widest(program)
+    if 4 * tokens >= TOKENS_PER_INPUT * widest:
+        return ()
+    reason = f"{tokens} sampled tokens are few for linears that read {widest} inputs; ask for more calibration tokens"
+    return (Remark("calibration", type(program.module).__name__, reason),)
+
+
+def _widest(program: Program) -> int:
+    return max(site.shape.in_features for node in program.linears() if (site := annotation(node).site) is not None)
+
+
 def _no_text(program: Program) -> str | None:
     """Why the input of a program is not a text; None if it is."""
     if len(program.inputs) != 1:
@@ -254,21 +293,20 @@ def _check_inputs(program: Program, batches: Iterable[Tensor]) -> None:
             raise SettingsError(f"calibration: tokens must lie in 0..{size - 1}, got {int(batch.min())}..{int(batch.max())}")
 
 
-def _self_sampled(calibration: SelfSampled, program: Program, seed: int, progress: Progress) -> tuple[Tensor, tuple[Remark, ...]]:
-    """Tokens [sequences, length], from the cache if they are there."""
+def self_sampled(calibration: SelfSampled, program: Program, seed: int, progress: Progress = silent) -> tuple[Tensor, tuple[Remark, ...]]:
+    """Tokens [sequences, length] of a program that can sample text, from the cache if they are there.
+
+    Raises `ModelError` as `sample` does.
+    """
     model = program.module
-    widest = max(site.shape.in_features for node in program.linears() if (site := annotation(node).site) is not None)
+    widest = _widest(program)
     times = 1 if program.device.type == "cpu" else GPU_TIMES
     tokens = calibration.tokens or times * min(TOKENS_PER_INPUT * widest, MOST_TOKENS)
     config: Any = model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or calibration.length
     length = min(calibration.length, longest, max(2, tokens // LEAST_SEQUENCES))
     sequences = -(-tokens // length)
-    remarks = []
-    if 4 * sequences * length < TOKENS_PER_INPUT * widest:
-        remarks.append(
-            f"{sequences * length} sampled tokens are few for linears that read {widest} inputs; ask for more calibration tokens"
-        )
+    remarks = _few(program, sequences * length)
     directory = Settings.from_environment().cache
     settings = asdict(calibration) | {"tokens": [sequences, length], "seed": seed}
     name = token_cache.key(model, settings) if directory is not None else ""
@@ -288,8 +326,22 @@ def _self_sampled(calibration: SelfSampled, program: Program, seed: int, progres
             try:
                 token_cache.write(directory, name, made)
             except SettingsError as error:
-                remarks.append(str(error))
-    return made, tuple(Remark("calibration", type(model).__name__, text) for text in remarks)
+                remarks += (Remark("calibration", type(model).__name__, str(error)),)
+    return made, remarks
+
+
+def token_file(calibration: SelfSampled, program: Program, seed: int, progress: Progress = silent) -> tuple[TokenFile, tuple[Remark, ...]]:
+    """The same as a value to write into a file: a compile that is given it is one that has sampled it itself.
+
+    Raises `ModelError` if the model cannot sample text.
+    """
+    reason = _no_text(program) or cannot_sample(program.module)
+    size = None if reason is not None else vocabulary(program, _input(program))
+    if reason is not None or size is None:
+        raise ModelError(f"{reason}: it cannot sample text; calibrate on a text file or on other inputs")
+    tokens, remarks = self_sampled(calibration, program, seed, progress)
+    model = token_cache.key(program.module, asdict(calibration) | {"seed": seed})
+    return TokenFile(tokens, Origin(str(calibration), model, size, seed)), remarks
 
 
 def _split(given: Iterable[Tensor], source: str) -> Samples:

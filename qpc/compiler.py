@@ -16,7 +16,7 @@ from qpc.errors import ModelError, QpcError
 from qpc.inductor.hook import register
 from qpc.ir.annotation import Annotation, annotation, site_of
 from qpc.ir.outline import outline
-from qpc.ir.program import Program
+from qpc.ir.program import Program, Remark
 from qpc.ir.sketch import Block
 from qpc.ir.table import APART
 from qpc.kernels.embedding import QuantizedEmbedding
@@ -41,9 +41,11 @@ from qpc.passes.tune import Tune
 from qpc.progress import Progress, silent
 from qpc.quant.palette import Effort, default_palette
 from qpc.report import Report, ReportRow, typical_block
-from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite
+from qpc.sensitivity import Method, OutputMoments, Sensitivities, check_finite, fitted
 from qpc.sensitivity_cache import Gradients, estimated, weighed
 from qpc.solver import Allocation
+
+UNWEIGHED = "all positions count alike in the moments, which are taken without gradients"
 
 LESSON_SEED = 2_000_003
 """Added to the seed of a compile where the model samples more text, to learn from."""
@@ -207,7 +209,9 @@ def prepare(
     gradients = None if samples is None else Gradients(program, samples, options.seed, progress, moments)
     if sensitivities is None:
         sensitivities, remarks = estimated(program, options.sensitivity, options.seed, gradients, progress)
-        program.remarks += remarks
+    else:
+        sensitivities, remarks = fitted(program, sensitivities)
+    program.remarks += remarks
     known = Known()
     if samples is not None and gradients is not None:
         settings = {"seed": options.seed, "rotation block": options.rotation_block, "weigh": options.weigh_positions}
@@ -217,12 +221,19 @@ def prepare(
         if options.weigh_positions and (rounds or not known.expected):
             samples, remarks = weighed(gradients)
             program.remarks += remarks
+        elif not options.weigh_positions:
+            program.remarks.append(unweighed(program))
         Pipeline((Calibrate(samples, options.seed, options.rotation_block, known, progress, options.spread),)).run(program)
         file.write(known)
     if options.embeddings is not None:
         quantizer = default_palette(options.effort).at(options.embeddings)
         Pipeline((Embeddings(quantizer, options.seed, options.rotation_block, progress, spread=options.spread),)).run(program)
     return Prepared(sensitivities, samples, known)
+
+
+def unweighed(program: Program) -> Remark:
+    """That positions count alike."""
+    return Remark("calibration", type(program.module).__name__, UNWEIGHED)
 
 
 def rounding(program: Program, options: Options, prepared: Prepared, progress: Progress = silent) -> tuple[Pass, ...]:

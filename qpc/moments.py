@@ -1,7 +1,8 @@
 """Second moments of what the linears of a program read, collected while batches of inputs walk through its graph side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,72 @@ Importance = Sequence[Mapping[str, Tensor]]
 
 MEMORY_SHARE = 0.25
 """Share of the free memory of a GPU that live values of waiting batches may take before they wait on the CPU."""
+
+
+class SecondMoments(Protocol):
+    """Where the second moments of what linears read come from: asked for in the order of the graph."""
+
+    def moment(self, nodes: Iterable[fx.Node]) -> Moment:
+        """Of the values that linears read, over all of them together. nodes: the linears that apply one weight."""
+
+    def moments_of_experts(self, nodes: Iterable[fx.Node]) -> list[Moment]:
+        """Of the rows that each expert of a stack reads."""
+
+    def replace(self, weights: Mapping[fx.Node, Tensor]) -> None:
+        """Let linears have other weights: [out_features, in_features]."""
+
+
+@dataclass
+class Sum:
+    """The sum of x x^T over inputs x. dtype: in which it is summed."""
+
+    dtype: torch.dtype = torch.float32
+    count: int = 0
+    weight: float = 0.0
+    total: Tensor | None = None
+
+    def add(self, value: Tensor, weights: Tensor | None = None) -> None:
+        """value: [..., in_features]. weights: how much each position counts, [positions]; None: all alike."""
+        flat = value.reshape(-1, value.shape[-1])
+        counts = torch.ones(len(flat)) if weights is None else weights
+        for rows, share in zip(torch.split(flat, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True):
+            wide = rows.to(self.dtype)
+            weighted = wide if weights is None else wide * share.to(wide)[:, None]
+            self.total = weighted.t() @ wide if self.total is None else self.total.addmm_(weighted.t(), wide)
+            self.count += len(rows)
+        self.weight += float(counts.sum(dtype=torch.float64))
+
+    def moment(self) -> Moment | None:
+        """The mean; None if nothing was added."""
+        if self.total is None or self.count == 0:
+            return None
+        return Moment(self.total / self.weight if self.weight > 0 else self.total, self.count)
+
+
+@dataclass
+class ExpertSums:
+    """The same of each expert of a stack. counts: inputs that each has read."""
+
+    experts: int
+    dtype: torch.dtype = torch.float32
+    counts: tuple[int, ...] = ()
+    totals: tuple[Tensor, ...] = ()
+
+    def add(self, x: Tensor, expert: Tensor) -> None:
+        """x: [rows, in_features]. expert: of each row."""
+        if not self.totals:
+            self.totals = tuple(torch.zeros(x.shape[1], x.shape[1], dtype=self.dtype, device=x.device) for _ in range(self.experts))
+            self.counts = (0,) * self.experts
+        counts = list(self.counts)
+        for index, rows in rows_of_experts(expert, self.experts):
+            wide = x[rows].to(self.dtype)
+            self.totals[index].addmm_(wide.t(), wide)
+            counts[index] += len(rows)
+        self.counts = tuple(counts)
+
+    def moments(self) -> list[Moment]:
+        """The means, of zeros where an expert has read nothing; none if nothing was added."""
+        return [Moment(total / max(count, 1), count) for total, count in zip(self.totals, self.counts, strict=True)]
 
 
 class MomentStream:
@@ -83,25 +150,16 @@ class MomentStream:
 
     def _summed_by_expert(self, walks: list[Walk], nodes: list[fx.Node]) -> list[Moment]:
         """A moment of each expert; none if there are no batches."""
-        totals: list[Tensor] = []
-        counts: list[int] = []
+        found = ExpertSums(len(self._program.tensor(site_of(nodes[0]).weight)), self._dtype)
         parked = self._crowded(walks)
         for walk in walks:
             walk.move(self._device)
             for number, node in enumerate(nodes):
                 here = walk if number == 0 else walk.fork()
-                x, expert = (here.input_of(node, self._weights, argument) for argument in (0, 2))
-                if not totals:
-                    experts = len(self._program.tensor(site_of(node).weight))
-                    totals = [torch.zeros(x.shape[1], x.shape[1], dtype=self._dtype, device=x.device) for _ in range(experts)]
-                    counts = [0] * len(totals)
-                for index, rows in rows_of_experts(expert, len(totals)):
-                    wide = x[rows].to(self._dtype)
-                    totals[index].addmm_(wide.t(), wide)
-                    counts[index] += len(rows)
+                found.add(here.input_of(node, self._weights), here.input_of(node, self._weights, 2))
             if parked:
                 walk.move(torch.device("cpu"))
-        return [Moment(total / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
+        return found.moments()
 
     def replace(self, weights: Mapping[fx.Node, Tensor]) -> None:
         """Let linears that the stream has not passed have these weights: [out_features, in_features], any dtype, on any device."""
@@ -112,27 +170,16 @@ class MomentStream:
                 self._weights[node] = weight.to(self._device, self._program.tensor(site.weight).dtype)
 
     def _summed(self, walks: list[Walk], nodes: list[fx.Node], importance: Importance | None) -> Moment | None:
-        total: Tensor | None = None
-        count, weight = 0, 0.0
+        found = Sum(self._dtype)
         parked = self._crowded(walks)
         for batch, walk in enumerate(walks):
             walk.move(self._device)
             for number, node in enumerate(nodes):
                 value = (walk if number == 0 else walk.fork()).input_of(node, self._weights)
-                flat = value.reshape(-1, value.shape[-1])
-                weights = None if importance is None else importance[batch].get(node.name)
-                counts = torch.ones(len(flat)) if weights is None else weights
-                for rows, share in zip(torch.split(flat, ROWS_AT_ONCE), torch.split(counts, ROWS_AT_ONCE), strict=True):
-                    wide = rows.to(self._dtype)
-                    weighted = wide if weights is None else wide * share.to(wide)[:, None]
-                    total = weighted.t() @ wide if total is None else total.addmm_(weighted.t(), wide)
-                    count += len(rows)
-                weight += float(counts.sum(dtype=torch.float64))
+                found.add(value, None if importance is None else importance[batch].get(node.name))
             if parked:
                 walk.move(torch.device("cpu"))
-        if total is None or count == 0:
-            return None
-        return Moment(total / weight if weight > 0 else total, count)
+        return found.moment()
 
     def _crowded(self, walks: list[Walk]) -> bool:
         """Whether the values with which walks wait are too many for the memory of the GPU."""

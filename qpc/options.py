@@ -123,8 +123,8 @@ class Options:
         wanted = device.type != "cpu" if self.row_feedback is None else self.row_feedback
         return wanted and self.weigh_positions
 
-    def allocate(self, budget: Budget, sensitivities: Sensitivities) -> Allocate:
-        """The pass that allocates with these options, within any budget."""
+    def allocate(self, budget: Budget, sensitivities: Sensitivities | None) -> Allocate:
+        """The pass that allocates with these options, within any budget; without sensitivities all linears matter alike."""
         return Allocate(
             budget, default_palette(self.effort), sensitivities, self.same_quantizer_in_group, timing=self.timing_within(budget)
         )

@@ -60,7 +60,7 @@ def parse(value: object, *, tokenizer: object | None = None) -> Wanted:
     """
     if isinstance(value, Wanted):
         return value
-    names = [str(method) for method in Method if method is not Method.GIVEN]
+    names = [str(method) for method in Method if method not in (Method.GIVEN, Method.LAYERS)]
     if isinstance(value, str) and value in names:
         return Wanted(Method(value))
     try:

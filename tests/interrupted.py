@@ -1,7 +1,8 @@
 """Runs of `qpc.stream` that are ended at many moments and begun again: `python -m tests.interrupted MODEL DIRECTORY` tells how they end.
 
-This process plans once and makes the tables of the encoder; each run is a fork of it, which starts within milliseconds. It has one thread,
-so that forking is safe. MODEL holds sensitivities.json too. The last line is JSON: a list of `Trial`.
+This process plans once, and once more with error feedback, and makes the tables of the encoder; each run is a fork of it, which starts
+within milliseconds. It has one thread, so that forking is safe. MODEL holds sensitivities.json too. The last line is JSON: a list of
+`Trial`.
 """
 
 import gc
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +27,12 @@ from qpc.integrations.streamed import Stream
 from qpc.ir.annotation import annotation, site_of
 from qpc.options import Options
 from qpc.sensitivity import Sensitivities
+from tests.families import copied, tokens
 
 BUDGET = "2.3bit"
 SHARD_BYTES = 40_000
 KILLS, LAST_KILLS, FULL_DISKS = 20, 3, 5
+CALIBRATED_KILLS, CALIBRATED_LAST_KILLS = 4, 1
 DISK_FULL = 3
 """Exit code of a run that found the disk full."""
 
@@ -55,11 +58,14 @@ class Trial:
 class Runs:
     """All runs of one plan in one directory."""
 
-    def __init__(self, model: Path, home: Path) -> None:
+    def __init__(self, model: Path, home: Path, calibrated: bool = False) -> None:
         torch.set_num_threads(1)
+        self.kills, self.last_kills = (CALIBRATED_KILLS, CALIBRATED_LAST_KILLS) if calibrated else (KILLS, LAST_KILLS)
         self.home, self.draw = home, random.Random(0)
+        home.mkdir(exist_ok=True)
         sensitivities = Sensitivities.from_json((model / "sensitivities.json").read_text(encoding="utf-8"))
-        self.plan = Stream.of(model, Options.of(BUDGET, effort="fast", calibration=None), sensitivities)
+        text = tokens(20, 24) if calibrated else None
+        self.plan = Stream.of(model, Options.of(BUDGET, effort="fast", calibration=text), sensitivities)
         for node in self.plan.program.linears():  # its table is then there for all runs
             quantizer, shape = annotation(node).quantizer, site_of(node).shape
             if quantizer is not None:
@@ -72,26 +78,21 @@ class Runs:
         def count(step: int) -> None:
             (home / "steps").write_text(str(step))
 
-        assert self.wait(self.begin(self.undisturbed, count)) == 0
+        if calibrated:  # in this process, for what is allocated, and so the tables of the encoder, is not known before
+            self.carry_out(replace(self.plan, program=copied(self.plan.program)), self.undisturbed, count)
+        else:
+            assert self.wait(self.begin(self.undisturbed, count)) == 0
         self.steps = int((home / "steps").read_text())
+        shutil.copyfile(home / "all_steps", home / "all_lines")
 
     def begin(self, output: Path, event: Event | None = None) -> int:
         """A run in a process of its own, by its id."""
         process = os.fork()
         if process:
             return process
-        code, step = 1, 0
-
-        def progress(task: str, done: int, total: int) -> None:
-            nonlocal step
-            step += task in ("copy", "quantize")
-            if event is not None:
-                event(step)
-            if (task, done) == ("quantize", total):
-                shutil.copyfile(journal(output), self.home / "all_steps")
-
+        code = 1
         try:
-            self.plan.carry_out(output, shard_bytes=SHARD_BYTES, progress=progress)
+            self.carry_out(self.plan, output, event)
             code = 0
         except CheckpointError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -99,6 +100,20 @@ class Runs:
             code = DISK_FULL
         finally:
             os._exit(code)
+
+    def carry_out(self, plan: Stream, output: Path, event: Event | None) -> None:
+        """A run in this process."""
+        step = 0
+
+        def progress(task: str, done: int, total: int) -> None:
+            nonlocal step
+            step += task in ("calibrate", "copy", "quantize")
+            if event is not None:
+                event(step)
+            if (task, done) == ("quantize", total):
+                shutil.copyfile(journal(output), self.home / "all_steps")
+
+        plan.carry_out(output, shard_bytes=SHARD_BYTES, progress=progress)
 
     def wait(self, process: int) -> int:
         """The exit code of a run; negative is a signal."""
@@ -118,7 +133,7 @@ class Runs:
     def killed(self, number: int) -> Trial:
         """SIGKILL at a moment after a part of the steps that grows with the number; the last while the result gets its name."""
         output, last = self.home / f"killed-{number}", len(lines(self.home / "all_lines")) + 1
-        wanted = min(last, round(number * last / (KILLS - LAST_KILLS)))
+        wanted = min(last, round(number * last / (self.kills - self.last_kills)))
         process = self.begin(output)
         while len(lines(journal(output))) < wanted and os.waitpid(process, os.WNOHANG) == (0, 0):
             time.sleep(0 if wanted == last else 0.002)
@@ -129,7 +144,7 @@ class Runs:
             code = self.wait(process)
         except ChildProcessError:  # it had ended before
             code = 0
-        return self.go_on("killed", output, code)
+        return self.go_on("killed with samples" if self.plan.decisions.samples else "killed", output, code)
 
     def starved(self, number: int) -> Trial:
         """From some step on the system refuses every write, by a limit of the size of files."""
@@ -165,12 +180,12 @@ class Runs:
         other.unlink()
         return self.go_on("too small", output, code)
 
-    def damaged(self, kind: str, damage: Callable[[Path], None]) -> Trial:
-        """A run that is killed half-way, and a disk that then lacks something that was written."""
+    def damaged(self, kind: str, damage: Callable[[Path], None], moment: float = 0.5) -> Trial:
+        """A run that is killed on its way, half-way if not told otherwise, and a disk that then lacks something that was written."""
         output = self.home / kind
 
         def die(step: int) -> None:
-            if step == self.steps // 2:
+            if step == int(self.steps * moment):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         code = self.wait(self.begin(output, die))
@@ -182,6 +197,12 @@ def lose_tensors(output: Path) -> None:
     """Zeros in the place of all that was written, though the journal says that it is there."""
     for path in output.with_name(f"{output.name}.partial").glob("*.safetensors"):
         path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose_activations(output: Path) -> None:
+    """Other values in the place of those that wait for the next part of the model."""
+    (path,) = output.with_name(f"{output.name}.partial").glob("activations-quantize-*")
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 def tear_journal(output: Path) -> None:
@@ -212,8 +233,7 @@ def equal(one: Path, other: Path) -> bool:
 def main(model: Path, home: Path) -> None:
     """All trials."""
     runs = Runs(model, home)
-    shutil.copyfile(home / "all_steps", home / "all_lines")
-    trials = [runs.killed(number) for number in range(KILLS)]
+    trials = [runs.killed(number) for number in range(runs.kills)]
     trials += [runs.starved(number) for number in range(FULL_DISKS)]
     trials += [runs.damaged("lost tensors", lose_tensors), runs.damaged("torn journal", tear_journal)]
     disk = home / "disk"
@@ -225,6 +245,9 @@ def main(model: Path, home: Path) -> None:
             trials.append(runs.too_small(disk))
         finally:
             subprocess.run(["umount", disk], check=True)
+    runs = Runs(model, home / "calibrated", calibrated=True)
+    trials += [runs.killed(number) for number in range(runs.kills)]
+    trials.append(runs.damaged("lost activations", lose_activations, moment=0.95))
     print(json.dumps([asdict(trial) for trial in trials]))
 
 

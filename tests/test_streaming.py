@@ -19,6 +19,7 @@ from torch import nn
 
 import qpc
 from qpc.__main__ import main
+from qpc.calibration import Samples
 from qpc.cli import stream as stream_command
 from qpc.errors import CheckpointError, ModelError, SettingsError
 from qpc.integrations.streamed import Stream, identity
@@ -28,7 +29,7 @@ from qpc.passes.embeddings import lookup_scale
 from qpc.sensitivity import Loss, Sensitivities
 from qpc.work_in_progress import working_on
 from tests import interrupted
-from tests.families import causal_lm, copied, decoder
+from tests.families import causal_lm, copied, decoder, tokens
 
 BUDGET = interrupted.BUDGET
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -121,10 +122,14 @@ def test_interrupted_at_any_moment(stored: Callable[[str], Path], tmp_path: Path
     kinds = {kind: [trial for trial in trials if trial.kind == kind] for kind in dict.fromkeys(trial.kind for trial in trials)}
     full = [trial for trial in trials if trial.kind in ("full", "starved", "too small")]
     assert len(kinds["killed"]) == interrupted.KILLS and len(full) >= interrupted.FULL_DISKS
+    assert len(kinds["killed with samples"]) == interrupted.CALIBRATED_KILLS and kinds["lost activations"]
     for trial in trials:
-        assert trial.same and (trial.repeated == 0) == (trial.kind != "lost tensors"), trial
+        assert trial.same and (trial.repeated == 0) == (trial.kind not in ("lost tensors", "lost activations")), trial
     assert len({trial.finished for trial in kinds["killed"]}) > interrupted.KILLS // 2, "at different moments"
     assert sum(trial.code < 0 for trial in kinds["killed"]) >= interrupted.KILLS - interrupted.LAST_KILLS
+    with_samples = kinds["killed with samples"]
+    assert len({trial.finished for trial in with_samples}) > interrupted.CALIBRATED_KILLS // 2, "at different moments"
+    assert sum(trial.code < 0 for trial in with_samples) >= interrupted.CALIBRATED_KILLS - interrupted.CALIBRATED_LAST_KILLS
     for trial in full:
         assert trial.code == interrupted.DISK_FULL and "make room and start again" in trial.told, trial
     assert len({trial.finished for trial in full if trial.kind == "starved"}) > interrupted.FULL_DISKS // 2, "at different moments"
@@ -159,17 +164,21 @@ def test_the_identity_is_that_of_weights_and_options(stored: Callable[[str], Pat
     """A copy with its times is the same model; any other option, weight or sensitivity is another one."""
     directory = shutil.copytree(stored("tiny"), tmp_path / "model")
     numbers = given(directory)
-    assert identity(directory, planned.options, numbers, "cpu") == planned.identity
+    known = planned.decisions
+    assert identity(directory, known, "cpu") == planned.identity
     louder = replace(numbers, values={name: 2 * value for name, value in numbers.values.items()})
+    text = Samples((tokens(),), (), "given")
     others = [
-        identity(directory, replace(planned.options, seed=1), numbers, "cpu"),
-        identity(directory, replace(planned.options, exclude=("*.0.*",)), numbers, "cpu"),
-        identity(directory, planned.options, louder, "cpu"),
+        identity(directory, replace(known, options=replace(known.options, seed=1)), "cpu"),
+        identity(directory, replace(known, options=replace(known.options, exclude=("*.0.*",))), "cpu"),
+        identity(directory, replace(known, sensitivities=louder), "cpu"),
+        identity(directory, replace(known, samples=text), "cpu"),
+        identity(directory, replace(known, samples=replace(text, batches=(tokens() + 1,))), "cpu"),
     ]
     path = min(directory.glob("*.safetensors"))
     os.utime(path, (0, 0))
-    others.append(identity(directory, planned.options, numbers, "cpu"))
-    assert len({json.dumps(other) for other in (planned.identity, *others)}) == 5
+    others.append(identity(directory, known, "cpu"))
+    assert len({json.dumps(other) for other in (planned.identity, *others)}) == 7
 
 
 def test_a_place_that_is_taken(tmp_path: Path) -> None:
@@ -267,7 +276,6 @@ def test_the_command(
     for options, words in (
         (("--stream", *known, "--fold"), "--no-fold"),
         (("--stream", *known[:2]), "--calibration none"),
-        (("--stream", *known[2:]), "--sensitivities FILE"),
     ):
         assert command(*begin, *options, "-o", tmp_path / "other") == 2
         assert words in capfd.readouterr().err
@@ -280,5 +288,5 @@ def test_what_cannot_be_read_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
         qpc.stream(tmp_path / "model.gguf", tmp_path / "out", 3, sensitivities=Sensitivities({}, Loss.KL, 0.0, 0, 1))
-    with pytest.raises(SettingsError, match="sensitivities"):
-        qpc.stream(tmp_path, tmp_path / "out", 3)
+    with pytest.raises(SettingsError, match="predict no KL; give those that `qpc sensitivities` wrote"):
+        qpc.stream(tmp_path, tmp_path / "out", "0.1nats")

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import qpc
-from qpc.cli import compile, evaluate, export, generate, inspect, plan, verify
+from qpc.cli import compile, evaluate, export, generate, inspect, plan, sample, sensitivities, verify
 from qpc.errors import QpcError
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ add("inspect", inspect.inspect, inspect.EXAMPLES)
 add("generate", generate.generate, generate.EXAMPLES)
 add("eval", evaluate.evaluate_model, evaluate.EXAMPLES)
 add("export", export.export_model, export.EXAMPLES)
+add("sample", sample.sample_text, sample.EXAMPLES)
+add("sensitivities", sensitivities.estimate_sensitivities, sensitivities.EXAMPLES)
 add("verify", verify.verify_model, verify.EXAMPLES)
 
 

@@ -55,7 +55,12 @@ SensitivityMethod = Annotated[
     ),
 ]
 CalibrationSource = Annotated[
-    str, typer.Option("--calibration", metavar="self|none|FILE", help="Text for error feedback: the model's own, none, or a file.")
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="self|none|FILE",
+        help="Text for error feedback: the model's own, none, or a file (of text, or of `qpc sample`).",
+    ),
 ]
 CalibrationTokens = Annotated[int | None, typer.Option("--calibration-tokens", help="Tokens of that text.", show_default=False)]
 CalibrationStart = Annotated[
@@ -75,7 +80,7 @@ Streaming = Annotated[
     bool | None,
     typer.Option(
         "--stream/--no-stream",
-        help="Read MODEL weight by weight, and go on where it was interrupted; needs --calibration none and --sensitivities.",
+        help="Read MODEL part by part, and go on where it was interrupted; needs --calibration FILE or none.",
         show_default="if it does not fit into memory",
     ),
 ]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qpc.sensitivity import Sensitivities
 
 
-def load_original(path: Path, effort: str) -> "tuple[nn.Module, Any | None]":
+def load_original(path: Path, effort: str = "default") -> "tuple[nn.Module, Any | None]":
     """A model that is not compiled yet, with its tokenizer. Raises `QpcError` before it takes time if that or the effort is wrong."""
     from qpc.integrations.transformers import load_pretrained
     from qpc.quant.palette import Effort
@@ -62,6 +62,20 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: {error.strerror}; give a text file") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def check_place(path: Path) -> None:
+    """Raise `UsageError` if a file cannot be at a path, before it takes time to make it."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'there is no such directory'}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file. Raises `UsageError` if that cannot be done."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; give another place") from error
 
 
 def read_sensitivities(path: Path) -> "Sensitivities":

@@ -15,6 +15,11 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def note(text: str) -> None:
+    """A remark for people, on stderr."""
+    Console(stderr=True, highlight=False).print(text, style="dim", soft_wrap=True, markup=False)
+
+
 def described(report: "Report") -> dict[str, Any]:
     """A report with its totals, for machines."""
     totals = {"linear_weights": report.linear_weights, "linear_bytes": report.linear_bytes, "bits_per_weight": report.bits_per_weight}

@@ -45,13 +45,15 @@ def streamed(
     from qpc.calibration import SelfSampled
     from qpc.calibration import parse as parse_calibration
     from qpc.integrations.streamed import Stream
+    from qpc.integrations.transformers import load_tokenizer
     from qpc.options import Options
 
     if qpc.is_checkpoint(model):
         raise UsageError(f"{model} is a compiled model already; give the original")
     with ProgressBars() as progress, silent_stdout():
-        data = parse_calibration(calibration, tokens=tokens, start=start) if calibration == "none" else SelfSampled()
-        parsed = Options.of(budget, calibration=data, tune="off", **options)
+        tokenizer = None if calibration in ("none", "self") else load_tokenizer(model)
+        data = SelfSampled() if calibration == "self" else parse_calibration(calibration, tokenizer=tokenizer, tokens=tokens, start=start)
+        parsed = Options.of(budget, calibration=data, **options)
         try:
             plan = Stream.of(model, parsed, sensitivities, packing_device(device, parsed))
         except SettingsError as error:

@@ -10,17 +10,18 @@ from qpc.ir.annotation import fake_value
 from qpc.ir.program import Program
 
 
-def random_inputs(program: Program, *, batch: int, length: int, seed: int) -> tuple[Tensor, ...]:
+def random_inputs(program: Program, *, batch: int, length: int, seed: int, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
     """Inputs of the program, drawn with `seed`.
 
     An integer input that an embedding looks up is drawn uniformly from its rows, other integers are ones, and floating-point inputs
     are standard normal. batch, length: sizes of a symbolic first axis and of other symbolic axes; length never exceeds what the model's
     configuration allows. If all inputs are floating-point matrices, their rows are the positions, batch * length of them.
+    device: by default that of the model.
 
     Raises `ModelError` for an input that is not a tensor.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = program.device
+    device = program.device if device is None else device
     config = getattr(program.module, "config", None)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     sizes: dict[Any, int] = {}

@@ -1,5 +1,6 @@
 """Where the values of a model are that is larger than memory."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,5 +20,8 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """The values, in the shape and dtype that the module has. Raises `QpcError` if they cannot be read."""
 
-    def find(self, name: str) -> OnDisk:
-        """Where the values are."""
+    def find(self, name: str) -> Tensor | OnDisk:
+        """The values, or where they are."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The same, some rows after the other. Raises `QpcError` as `read` does."""

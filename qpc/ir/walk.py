@@ -27,7 +27,7 @@ class Walk:
         self._module = program.graph_module
         self._nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
         self._values: dict[fx.Node, Any] = {node: bound[node.name] for node in program.graph.find_nodes(op="placeholder")}
-        self._dead = _last_uses(self._nodes)
+        self._dead = last_uses(self._nodes)
         self._position = 0
         # A copy of the walk shares its tensors with the walk, so a graph that writes into tensors is run from its start every time.
         self._stays = bool(mutated(program.graph))
@@ -85,27 +85,32 @@ class Walk:
         raise AssertionError("a graph ends with its output")
 
     def _step(self, node: fx.Node, values: dict[fx.Node, Any], weights: Mapping[fx.Node, Tensor]) -> Any:
-        args: tuple[Any, ...] = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, values.__getitem__)
-        if node in weights:
-            args = (args[0], weights[node], *args[2:])
-        target: Any = node.target
-        if node.op == "call_function":
-            value = target(*args, **kwargs)
-        elif node.op == "call_method":
-            value = getattr(args[0], target)(*args[1:], **kwargs)
-        elif node.op == "call_module":
-            value = self._module.get_submodule(target)(*args, **kwargs)
-        else:
-            owner, _, leaf = target.rpartition(".")
-            value = getattr(self._module.get_submodule(owner), leaf)
-        values[node] = value
+        value = values[node] = evaluated(self._module, node, values, weights)
         for dead in self._dead[node]:
             del values[dead]
         return value
 
 
-def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def evaluated(
+    module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], weights: Mapping[fx.Node, Tensor] = MappingProxyType({})
+) -> Any:
+    """The value of one node. values: of what it reads. weights: matrices of linears [out_features, in_features] instead of their own."""
+    args: tuple[Any, ...] = fx.node.map_arg(node.args, values.__getitem__)
+    kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, values.__getitem__)
+    if node in weights:
+        args = (args[0], weights[node], *args[2:])
+    target: Any = node.target
+    if node.op == "call_function":
+        return target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return module.get_submodule(target)(*args, **kwargs)
+    owner, _, leaf = target.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """The values that nothing needs after each node."""
     dead: dict[fx.Node, list[fx.Node]] = {}
     needed: set[fx.Node] = set()

@@ -8,8 +8,9 @@ from qpc.calibration import Samples
 from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program
 from qpc.ir.stage import Stage
+from qpc.moments import SecondMoments
 from qpc.passes.base import Pass, PassResult
-from qpc.passes.feedbacks import Feedbacks, Job, Key, Known
+from qpc.passes.feedbacks import Feedbacks, Key, Known
 from qpc.progress import Progress, silent, track
 from qpc.quant.feedback import Feedback, StackFeedback
 from qpc.quant.unfactored import Unfactored, factored
@@ -26,8 +27,9 @@ class Calibrate(Pass):
     where there are any, for on its own samples feedback looks better than it is. Each expert of a stack has a moment of its own, filled up
     from that of all (`filled_up`) where it read few inputs.
 
-    samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; if it knows
-    already what is expected of all weights, nothing is measured. spread: where moments are factored.
+    samples: as `Quantize` will have them, with the same seed and rotation_block. known: where the feedback is left for it; weights of which
+    it knows already what is expected are not measured. spread: where moments are factored. moments: those of the samples, if they are
+    not to be taken with the whole model in memory.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -39,6 +41,7 @@ class Calibrate(Pass):
     known: Known = field(default_factory=Known)
     progress: Progress = silent
     spread: Spread = HERE
+    moments: SecondMoments | None = None
 
     def run(self, program: Program) -> PassResult:
         """Annotate every linear with its expected share."""
@@ -57,17 +60,21 @@ class Calibrate(Pass):
         return PassResult(tuple(site_of(node).name for node in nodes), remarks)
 
     def _made(self, feedbacks: Feedbacks) -> Iterator[tuple[Key, Feedback | StackFeedback]]:
-        """Every weight with its feedback."""
+        """The weights with their feedback, if that was not known."""
         for keys, feedback in self.spread(factored, self._unfactored(feedbacks)):
             yield from ((key, feedback) for key in keys)
 
     def _unfactored(self, feedbacks: Feedbacks) -> Iterator[tuple[list[Key], Unfactored]]:
         """The moments of each input, with the weights that share them."""
-        for jobs in feedbacks.in_turn(feedbacks.stream(sequential=False)):
-            sharing: dict[int, list[Job]] = {}
+        moments = feedbacks.stream(sequential=False) if self.moments is None else self.moments
+        for jobs in feedbacks.in_turn(moments, self.known.expected.__contains__):
+            sharing: dict[int, list[Key]] = {}
+            sources: dict[int, Unfactored] = {}
             for job in jobs:
-                sharing.setdefault(id(job.feedback), []).append(job)
-            for alike in sharing.values():
-                source = alike[0].feedback
-                assert isinstance(source, Unfactored), "nothing was made before"
-                yield [job.key for job in alike], source
+                if job.feedback is not None:
+                    assert isinstance(job.feedback, Unfactored), "nothing was made before"
+                    sources[id(job.feedback)] = job.feedback
+                    sharing.setdefault(id(job.feedback), []).append(job.key)
+            jobs.clear()  # so that nothing keeps what was used
+            for number, keys in sharing.items():
+                yield keys, sources.pop(number)

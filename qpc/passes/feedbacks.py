@@ -1,7 +1,7 @@
 """The rotation and the error feedback of each weight, input by input: what its expected loss and its rounding both start from."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx  # type: ignore[import-untyped]
@@ -12,7 +12,7 @@ from qpc.ir.annotation import annotation, site_of
 from qpc.ir.linear import stored_matrix
 from qpc.ir.program import Program
 from qpc.ir.values import representatives
-from qpc.moments import MomentStream
+from qpc.moments import MomentStream, SecondMoments
 from qpc.plain_files import parse_json
 from qpc.quant.feedback import Feedback, StackFeedback, row_deviations
 from qpc.quant.hadamard import block_within
@@ -121,8 +121,11 @@ class Feedbacks:
             sequential=sequential,
         )
 
-    def in_turn(self, stream: MomentStream | None) -> Iterator[list[Job]]:
-        """The weights of one input after another, in the order in which the graph computes them."""
+    def in_turn(self, moments: SecondMoments | None, done: Callable[[Key], bool] = lambda key: False) -> Iterator[list[Job]]:
+        """The weights of one input after another, in the order in which the graph computes them.
+
+        moments: where those come from; None: no feedback. done: says which weights need none any more.
+        """
         signs = sign_owners(self.nodes)
         for weights in by_input(self.program, self.nodes, signs):
             site = site_of(weights[0][0])
@@ -137,15 +140,15 @@ class Feedbacks:
             for sharing in weights:
                 key = (site_of(sharing[0]).weight, owner)
                 feedback = None
-                if stream is not None and self.samples is not None:
+                if moments is not None and self.samples is not None and not done(key):
                     common = [] if self.samples.importance is not None or site_of(sharing[0]).experts else jobs
                     known = next((job.feedback for job in common if isinstance(job.feedback, Feedback | Unfactored)), None)
-                    feedback = known or self._feedback(stream, sharing, rotation, key)
+                    feedback = known or self._feedback(moments, sharing, rotation, key)
                 jobs.append(Job(key, tuple(sharing), rotation, feedback))
             yield jobs
 
     def _feedback(
-        self, stream: MomentStream, sharing: list[fx.Node], rotation: Rotation | None, key: Key
+        self, source: SecondMoments, sharing: list[fx.Node], rotation: Rotation | None, key: Key
     ) -> Feedback | StackFeedback | Unfactored:
         expected = self.known.expected.get(key)
         damping = None if expected is None else expected.damping
@@ -153,11 +156,11 @@ class Feedbacks:
         if kept is not None:
             return kept
         if site_of(sharing[0]).experts is not None:
-            return Unfactored(tuple(filled_up(stream.moments_of_experts(sharing))), rotation, stacked=True)
+            return Unfactored(tuple(filled_up(source.moments_of_experts(sharing))), rotation, stacked=True)
         outputs = None if self.samples is None or self.samples.outputs is None else self.samples.outputs.get(key[0])
         if outputs is not None:
             outputs = outputs.scaled(row_deviations(stored_matrix(self.program, site_of(sharing[0]))))
-        return Unfactored((stream.moment(sharing),), rotation, damping=damping, gradients=outputs)
+        return Unfactored((source.moment(sharing),), rotation, damping=damping, gradients=outputs)
 
 
 def sign_owners(nodes: Iterable[fx.Node]) -> dict[str, str]:

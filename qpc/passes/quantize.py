@@ -11,6 +11,7 @@ from qpc.calibration import Samples
 from qpc.ir.annotation import annotate, annotation, site_of
 from qpc.ir.program import Program, Remark
 from qpc.ir.stage import Stage
+from qpc.moments import SecondMoments
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.descent import Descent
 from qpc.passes.feedbacks import Feedbacks, Job, Known
@@ -45,7 +46,7 @@ class Quantize(Pass):
     tuning: in how many rounds, and how weights that are left are tuned between two; None: in one. lessons: samples for that; by default the
         same.
     shelf: takes every weight as soon as it is packed, and what it has already is not packed again; weights are then packed one by one.
-    spread: where they are packed.
+    spread: where they are packed. moments: those of the samples, if they are not to be taken with the whole model in memory.
     """
 
     name: ClassVar[str] = "quantize"
@@ -61,6 +62,7 @@ class Quantize(Pass):
     lessons: Samples | None = None
     shelf: Shelf | None = None
     spread: Spread = HERE
+    moments: SecondMoments | None = None
 
     def run(self, program: Program) -> PassResult:
         """Pack every weight once, however many sites apply it: input by input, begun in the order in which the graph computes them."""
@@ -96,10 +98,10 @@ class Quantize(Pass):
 
     def _in_turn(self, program: Program, feedbacks: Feedbacks, lessons: Lessons | None) -> Iterator[None]:
         """Pack all weights; yields once for each."""
-        stream = feedbacks.stream(self.sequential)
+        stream = feedbacks.stream(self.sequential) if self.moments is None else self.moments
         shelved = set(self._shelved(program, feedbacks))
         yield from (None for _ in shelved)
-        turns = ([job for job in jobs if job.weight not in shelved] for jobs in feedbacks.in_turn(stream))
+        turns = ([job for job in jobs if job.weight not in shelved] for jobs in feedbacks.in_turn(stream, lambda key: key[0] in shelved))
         student = None if lessons is None else lessons.student
         for stage in self._stages(turns, lessons):
             for jobs, found in self.spread(pack, _orders(program, stage, student)):

@@ -33,6 +33,9 @@ DEFAULT_DAMPING = 1e-2
 DAMPING_STEP = 10**0.5
 """With held-out samples the damping climbs or descends from there by such steps as long as they lose less."""
 
+SLAB = 512
+"""Columns that are worked on at a time, a multiple of every block, so that temporaries are small beside the matrices."""
+
 DAMPING_RANGE = (1e-5, 10.0)
 """Where that ends in any case."""
 
@@ -68,22 +71,12 @@ class Feedback:
         matrix = moment.matrix
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not bool(matrix.isfinite().all()):
             raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(matrix.shape)}")
-        wide = matrix.double()
-        if not bool(wide.diagonal().sum() > 0):  # inputs that are always zero: nothing to weigh by
-            wide = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
-        held_out = None if moment.held_out is None else moment.held_out.matrix.double()
-        if held_out is None or not bool(held_out.diagonal().sum() > 0):
-            return _factor(wide, damping or DEFAULT_DAMPING, wide, block)
-        if damping is not None:
-            return _factor(wide, damping, held_out, block)
-        best = _factor(wide, DEFAULT_DAMPING, held_out, block)
-        for step in (DAMPING_STEP, 1 / DAMPING_STEP):
-            while DAMPING_RANGE[0] < best.damping * step < DAMPING_RANGE[1]:
-                other = _factor(wide, best.damping * step, held_out, block)
-                if other.expected_share >= best.expected_share or (other.damping < best.damping) != (step < 1):
-                    break
-                best = other
-        return best
+        if not bool(matrix.diagonal().sum(dtype=torch.float64) > 0):  # inputs that are always zero: nothing to weigh by
+            matrix = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        held_out = None if moment.held_out is None else moment.held_out.matrix
+        if held_out is None or not bool(held_out.diagonal().sum(dtype=torch.float64) > 0):
+            return _factor(matrix, damping or DEFAULT_DAMPING, matrix, block)
+        return _factor(matrix, damping or _best_damping(matrix, held_out, block), held_out, block)
 
     def and_of(self, gradients: Moment) -> "Feedback":
         """The same with feedback between rows.
@@ -103,7 +96,8 @@ class Feedback:
     @property
     def damped(self) -> Tensor:
         """The moment that was factored: float32."""
-        found: Tensor = self.moment + torch.diag_embed((self.damping * self.moment.diagonal().mean()).expand(len(self.moment)))
+        found = self.moment.clone()
+        found.diagonal().add_(self.damping * self.moment.diagonal().mean())
         return found
 
     def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
@@ -187,23 +181,67 @@ class StackFeedback:
         return sum(part.nbytes for part in self.parts)
 
 
+def _best_damping(moment: Tensor, judge: Tensor, block: int) -> float:
+    """The damping with which the least is left by the judge, on a climb or descent from the default by steps."""
+    best, least = _unit_of(moment, DEFAULT_DAMPING, judge, block)[1:]
+    for step in (DAMPING_STEP, 1 / DAMPING_STEP):
+        while DAMPING_RANGE[0] < best * step < DAMPING_RANGE[1]:
+            other, share = _unit_of(moment, best * step, judge, block)[1:]
+            if share >= least or (other < best) != (step < 1):
+                break
+            best, least = other, share
+    return best
+
+
 def _factor(moment: Tensor, damping: float, judge: Tensor, block: int) -> Feedback:
-    """The feedback at one damping, raised tenfold as long as the damped moment cannot be factored. Float64 inside."""
-    features, mean = len(moment), moment.diagonal().mean()
+    """The feedback at one damping."""
+    unit, damping, share = _unit_of(moment, damping, judge, block)
+    unit.diagonal().sub_(1)
+    carry, kept = unit.float(), moment.float()
+    return Feedback(carry, kept, kept if judge is moment else judge.float(), damping, share)
+
+
+def _unit_of(moment: Tensor, damping: float, judge: Tensor, block: int) -> tuple[Tensor, float, float]:
+    """The unit lower triangular factor, float64 [columns, columns]; its damping, raised tenfold as long as the damped moment cannot be
+    factored; and the share of white errors that it leaves.
+
+    The factor is the only matrix of that size in float64: all steps are in its place, or go slab by slab.
+    """
+    lower, damping = _lower(moment, damping)
+    features = len(moment)
     columns = -(-features // block) * block
+    if columns > features:
+        padded = torch.eye(columns, dtype=torch.float64, device=moment.device)
+        padded[:features, :features] = lower
+        lower = padded
+    blocks = torch.arange(SLAB, device=moment.device) // block
+    for start in range(0, columns, SLAB):
+        panel = lower[start:, start : start + SLAB]
+        square = panel[: panel.shape[1]] * (blocks[: panel.shape[1], None] == blocks[: panel.shape[1]])
+        panel.copy_(torch.linalg.solve_triangular(square, panel, upper=False, left=False))
+    return lower, damping, _share_left(lower, judge)
+
+
+def _lower(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of the damped moment in float64, and the damping."""
+    failed = torch.empty((), dtype=torch.int32, device=moment.device)
     while True:
-        damped = moment + torch.diag_embed((damping * mean).expand(features))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = moment.to(torch.float64, copy=True)
+        lower.diagonal().add_(damping * moment.diagonal().double().mean())
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            break
+            return lower, damping
         damping *= 10
-    eye = torch.eye(columns, dtype=torch.float64, device=moment.device)
-    padded = eye.clone()
-    padded[:features, :features] = lower
-    blocks = torch.arange(columns, device=moment.device) // block
-    diagonal = padded * (blocks[:, None] == blocks)
-    unit = torch.linalg.solve_triangular(diagonal, padded, upper=False, left=False)
-    inverse = torch.linalg.solve_triangular(unit, eye, upper=False)[:features, :features]
-    share = float((inverse @ judge * inverse).sum() / judge.diagonal().sum())
-    kept = moment.float()
-    return Feedback((unit - eye).float(), kept, kept if judge is moment else judge.float(), damping, share)
+
+
+def _share_left(unit: Tensor, judge: Tensor) -> float:
+    """tr(U^-1 H' U^-T) / tr(H'), U being `unit`: the inner product of U^-1 H' with U^-1, some columns at a time."""
+    features, left = len(judge), torch.zeros((), dtype=torch.float64, device=unit.device)
+    inside = unit[:features, :features]
+    for start in range(0, features, SLAB):
+        stop = min(start + SLAB, features)
+        columns = torch.zeros(features, stop - start, dtype=torch.float64, device=unit.device)
+        columns[start:stop].fill_diagonal_(1)
+        inverse = torch.linalg.solve_triangular(inside, columns, upper=False)
+        left += (torch.linalg.solve_triangular(inside, judge[:, start:stop].double(), upper=False) * inverse).sum()
+    return float(left / judge.diagonal().double().sum())

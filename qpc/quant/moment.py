@@ -8,6 +8,9 @@ from torch import Tensor
 
 from qpc.quant.rotation import Rotation
 
+SLAB = 2048
+"""Rows or columns of a moment that are worked on at a time, so that temporaries are small beside it."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -24,10 +27,20 @@ class Moment:
 
     def rotated(self, rotation: Rotation) -> "Moment":
         """The moment R H R^T of the rotated inputs R x."""
-        half = rotation.apply(self.matrix)
-        full = rotation.apply(half.t())
+        made = torch.empty_like(self.matrix)
+        slabs = [slice(start, start + SLAB) for start in range(0, len(made), SLAB)]
+        for rows in slabs:
+            made[rows] = rotation.apply(self.matrix[rows])
+        for columns in slabs:
+            made[:, columns] = rotation.apply(made[:, columns].t()).t()
+        for rows in slabs:
+            for columns in slabs:
+                if rows.start <= columns.start:
+                    mean = (made[rows, columns] + made[columns, rows].t()) / 2
+                    made[rows, columns] = mean
+                    made[columns, rows] = mean.t()
         held_out = None if self.held_out is None else self.held_out.rotated(rotation)
-        return replace(self, matrix=(full + full.t()) / 2, held_out=held_out)
+        return replace(self, matrix=made, held_out=held_out)
 
     def scaled(self, sizes: Tensor) -> "Moment":
         """The moment of the inputs, each feature times its size: sizes [in_features]."""

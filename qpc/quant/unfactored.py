@@ -8,7 +8,7 @@ from qpc.quant.moment import Moment
 from qpc.quant.rotation import Rotation
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Unfactored:
     """Second moments for the feedback of a weight, and how they are to be factored.
 
@@ -24,14 +24,23 @@ class Unfactored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the moments, and about those of the feedback."""
+        """Bytes of the moments, and about those of the feedback; only of that once it is made."""
+        if not self.moments:
+            return self.feedback.nbytes
         moments = self.moments if self.gradients is None else (*self.moments, self.gradients)
         return sum((3 if moment.held_out is None else 5) * moment.matrix.nbytes for moment in moments)
 
     @cached_property
     def feedback(self) -> Feedback | StackFeedback:
-        """Made once, for all weights that share it. Raises `QuantizerError` if a moment is not square or not finite."""
-        moments = [moment if self.rotation is None else moment.rotated(self.rotation) for moment in self.moments]
+        """Made once, for all weights that share it; the moments, which are as large, are then forgotten.
+
+        Raises `QuantizerError` if a moment is not square or not finite.
+        """
+        moments = list(self.moments)
+        self.moments = ()
+        for index, moment in enumerate(moments):
+            moments[index] = moment if self.rotation is None else moment.rotated(self.rotation)
+            del moment
         if self.stacked:
             return StackFeedback.of(moments)
         found = Feedback.of(moments[0], self.damping)

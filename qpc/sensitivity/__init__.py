@@ -4,6 +4,7 @@ For small errors the loss grows by the sum of a_l t_l over the linears, t_l bein
 theorem of HIGGS, arXiv 2411.17525, theorem 1). The coefficients a_l are estimated by injecting noise, or from gradients.
 """
 
+from qpc.sensitivity.family import fitted
 from qpc.sensitivity.gradient import Importance, by_gradient, parts
 from qpc.sensitivity.linearity import checked
 from qpc.sensitivity.noise import estimate, perturbed
@@ -21,6 +22,7 @@ __all__ = [
     "check_finite",
     "checked",
     "estimate",
+    "fitted",
     "parts",
     "perturbed",
 ]

@@ -35,12 +35,14 @@ class Method(StrEnum):
 
     RANDOM: by noise, on tokens drawn uniformly. SELF: by noise, on text that the model samples from itself.
     GIVEN: by noise, on given inputs. GRADIENT: from gradients, on the inputs of the calibration, or on sampled text if there is none.
+    LAYERS: by noise and what it disturbs of what its layer leaves, where the whole model does not fit into memory.
     """
 
     RANDOM = "random"
     SELF = "self"
     GIVEN = "given"
     GRADIENT = "gradient"
+    LAYERS = "layers"
 
 
 @dataclass(frozen=True)

@@ -200,3 +200,18 @@ def test_slabs_cut_a_weight_as_if_it_were_alone_and_never_where_rows_are_coupled
 def test_what_is_no_moment_is_refused(matrix: Tensor) -> None:
     with pytest.raises(QuantizerError, match="finite square matrix"):
         Feedback.of(Moment(matrix, 1))
+
+
+@pytest.mark.parametrize("features", [200, 192])
+def test_slabs_are_only_a_way_to_need_little_memory(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same factor whether it is made at once or slab by slab, and the share of the definition, tr(U^-1 H' U^-T) / tr(H')."""
+    given = moment(1000, held_out=300, features=features)
+    whole = Feedback.of(given)
+    monkeypatch.setattr("qpc.quant.feedback.SLAB", 64)
+    cut = Feedback.of(given)
+    assert cut.damping == whole.damping
+    torch.testing.assert_close(cut.carry, whole.carry, rtol=1e-6, atol=1e-6)
+    unit = (whole.carry.double() + torch.eye(len(whole.carry), dtype=torch.float64))[:features, :features]
+    inverse = torch.linalg.inv(unit)
+    expected = float((inverse @ whole.judge.double() * inverse).sum() / whole.judge.double().trace())
+    assert cut.expected_share == pytest.approx(expected, rel=1e-5) and whole.expected_share == pytest.approx(expected, rel=1e-5)

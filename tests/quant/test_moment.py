@@ -7,8 +7,10 @@ from qpc.quant.moment import Moment
 from qpc.quant.rotation import Rotation
 
 
+@pytest.mark.parametrize("slab", [32, 2048])
 @pytest.mark.parametrize("features", [16, 60, 112])
-def test_rotated(features: int) -> None:
+def test_rotated(features: int, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpc.quant.moment.SLAB", slab)
     generator = torch.Generator().manual_seed(features)
     rotation = Rotation.random(features, generator)
     x, other = (
