@@ -183,9 +183,11 @@ def test_workers_without_the_device_or_with_other_versions_are_refused(machines:
 
 
 def test_streaming_goes_on_after_an_interruption_and_the_loss_of_a_node(machines: Machines, directory: Path, tmp_path: Path) -> None:
-    local, spread = (Options.of(BUDGET, effort="fast", calibration=None, ray=address) for address in (None, machines.cluster.address))
+    """With error feedback, whose moments are taken here, and factored there."""
+    tokens = torch.arange(1024).reshape(32, 32) % 60
+    local, spread = (Options.of(BUDGET, effort="fast", calibration=tokens, ray=address) for address in (None, machines.cluster.address))
     plan = Stream.of(directory, local, given(directory))
-    over_cluster = replace(plan, options=spread.on(CPU))
+    over_cluster = replace(plan, decisions=replace(plan.decisions, options=spread.on(CPU)))
     again(plan).carry_out(tmp_path / "local", shard_bytes=interrupted.SHARD_BYTES)
     with pytest.raises(KeyboardInterrupt):
         again(over_cluster).carry_out(tmp_path / "spread", shard_bytes=interrupted.SHARD_BYTES, progress=at("quantize", 2, interrupt))
