@@ -454,7 +454,11 @@ def test_interrupted_compile_leaves_nothing(
     run: Run, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     monkeypatch.setattr(ProgressBars, "__call__", lambda self, task, done, total: os.kill(os.getpid(), number))
-    outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
+    try:
+        outcome = run("compile", tiny_directory, "-o", tmp_path / "out", "--bits", "4", "--effort", "fast")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome == Outcome(code, "", "")
     assert not any(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ On a machine without integer tensor cores operands are made and multiplied by th
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@cache
 def grouped(family: str, layers: int = 2) -> nn.Module:
-    """A compiled model whose groups have one quantizer each."""
+    """A compiled model whose groups have one quantizer each. Nobody may change it."""
     model = FAMILIES[family]()
     if layers != 2:
         config = model.config
