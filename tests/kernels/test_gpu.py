@@ -90,4 +90,4 @@ def test_a_stack_of_experts_eagerly_and_in_a_cuda_graph(rows: int) -> None:
 def test_float64_has_no_kernel() -> None:
     weight = packed("trellis", 16, 16, [4], device="cuda")
     with pytest.raises(KernelError, match="float64"):
-        ops.trellis_linear(torch.ones(1, 16, device="cuda", dtype=torch.float64), weight.codes, weight.scales, None, [4], 16, 16)
+        ops.trellis_linear(torch.ones(1, 16, device="cuda", dtype=torch.float64), weight.codes, weight.scales, None, *weight.format, 16)
