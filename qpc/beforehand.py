@@ -7,15 +7,13 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from qpc.budget import Budget
 from qpc.calibration import Calibration, SelfSampled, collect, token_file
-from qpc.capture import capture
-from qpc.compiler import irreplaceable
+from qpc.compiler import captured, group
 from qpc.ir.program import Program, Remark
-from qpc.passes.canonicalize import Canonicalize
-from qpc.passes.fusion import Fusion
-from qpc.passes.pipeline import Pipeline
+from qpc.options import Options
 from qpc.progress import Progress, silent
-from qpc.sensitivity import Sensitivities, check_finite
+from qpc.sensitivity import Sensitivities
 from qpc.sensitivity_cache import Gradients, Wanted, estimated
 from qpc.token_file import TokenFile
 
@@ -25,7 +23,7 @@ def sampled_text(
 ) -> tuple[TokenFile, tuple[Remark, ...]]:
     """The text that a compile with this calibration and seed samples, and what is to be said of it.
 
-    Raises `ModelError` if the model cannot sample text, and `CaptureError` if it cannot be captured.
+    Raises `ModelError` if the model cannot sample text, or has no linears, and `CaptureError` if it cannot be captured.
     """
     return token_file(calibration, _grouped(model, ()), seed, progress)
 
@@ -51,8 +49,8 @@ def sensitivities(
 
 
 def _grouped(model: nn.Module, exclude: Iterable[str]) -> Program:
-    program = capture(model, exclude=exclude)
-    program.excluded.update(irreplaceable(model))
-    Pipeline((Canonicalize(), Fusion())).run(program)
-    check_finite(program)
+    """At GROUPED, as every compile has it, whatever its budget."""
+    options = Options(Budget.of(4), exclude=tuple(exclude))
+    program = captured(model, options)
+    group(program, options)
     return program

@@ -1,8 +1,8 @@
 """Perplexity, and the distance of a compiled model from its reference, on a stretch of text.
 
 The protocol: windows that do not overlap, one at a time, each behind the BOS token if the tokenizer puts that before a text (some models
-are lost without it); the log-likelihood of every token but the first of its window; the KL divergence of the next-token distributions at
-every position. Softmax in float32, sums in float64.
+are far worse without it); the log-likelihood of every token but the first of its window; the KL divergence of the next-token
+distributions at every position. Softmax in float32, sums in float64.
 """
 
 import hashlib

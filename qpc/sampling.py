@@ -15,7 +15,7 @@ TOGETHER = 128
 """Sequences that are sampled at once; more would gain little speed and cost memory for their keys and values."""
 
 TOGETHER_ON_GPU = 512
-"""The same on a GPU, where a step takes hardly longer for them; half as many, and half again, where its memory does not hold them."""
+"""The same on a GPU; half as many, and half again, where its memory does not hold their keys and values."""
 
 
 class Start(StrEnum):

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from qpc.__main__ import main
-from qpc.beforehand import sampled_text
+from qpc.beforehand import sampled_text, sensitivities
 from qpc.calibration import Given, SelfSampled, collect, parse
 from qpc.errors import ModelError, SettingsError
 from qpc.integrations.transformers import load_pretrained
+from qpc.sensitivity_cache import parse as parse_sensitivity
 from qpc.token_file import Origin, TokenFile
 from tests import interrupted
 from tests.families import VOCABULARY, grouped, model, tokens
@@ -111,3 +112,9 @@ def test_what_cannot_be_sampled_or_written(tiny_directory: Path, tmp_path: Path,
     network.config.use_cache, network.can_generate = False, lambda: False  # type: ignore[method-assign, assignment]
     with pytest.raises(ModelError, match=r"cannot generate text.*calibrate on a text file"):
         sampled_text(network, SelfSampled())
+
+
+def test_a_model_without_linears_says_so() -> None:
+    """A whole model, all linears of which stay as they are."""
+    with pytest.raises(ModelError, match="no linear layers that could be quantized"):
+        sensitivities(model("llama"), parse_sensitivity("gradient"), None, exclude=["model.layers.*"])

@@ -130,7 +130,7 @@ class Descent:
 
 @contextmanager
 def coarse_products(device: torch.device) -> Iterator[None]:
-    """On a GPU multiply float32 matrices by tensor cores, with operands of ten bits: enough for gradients, and several times as fast."""
+    """On a GPU multiply float32 matrices by tensor cores, whose operands have ten bits: enough for gradients."""
     if device.type != "cuda":
         yield
         return
