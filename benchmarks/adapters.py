@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.weights import RandomWeight
 from qpc.kernels import fused, gpu, operand_ops, ops
+from qpc.kernels.gate import Activation
 from qpc.kernels.operand import pack_operand
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import Rotation
@@ -57,6 +58,11 @@ def transform_of(weight: RandomWeight, x: Tensor) -> Callable[[], object]:
 def norm_operand(x: Tensor, weight: Tensor, epsilon: float, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """`qpc::norm_operand`: the same behind RMSNorm."""
     return partial(operand_ops.norm_operand, x, weight, epsilon, 0.0, signs, block)
+
+
+def gated_operand(gate: Tensor, up: Tensor, activation: Activation, signs: Tensor, block: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """`qpc::gated_operand`: the same behind `activation(gate) * up`."""
+    return partial(operand_ops.gated_operand, gate, up, activation.value, signs, block)
 
 
 def add_norm_operand(

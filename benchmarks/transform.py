@@ -4,7 +4,9 @@ Each call reads and writes what lies in the cache, as in a model. Columns of a r
 max_rel_error. The transforms: `rotate` (signs and Hadamard), `rms_norm` (PyTorch's, alone), `rms_norm then rotate` (two launches);
 `triton rms_norm` and `triton add, rms_norm` are a plain kernel alone, the second with a residual added first. `rotate_operand`,
 `norm_operand` and `add_norm_operand` write the operand of the integer multiplication, the last two behind what these two do, in one
-launch each where there is a kernel for it. Their launch may overlap the end of the one before, as in a model.
+launch each where there is a kernel for it. Their launch may overlap the end of the one before, as in a model. `triton silu` is a plain
+kernel that multiplies SiLU of one half of a row by the other, `triton silu then rotate_operand` that and another launch; `gated_operand`
+is one launch for both.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.adapters import add_norm_operand, norm_operand, rotate_operand, rotation
+from benchmarks.adapters import add_norm_operand, gated_operand, norm_operand, rotate_operand, rotation
 from benchmarks.baselines import ROUNDING
 from benchmarks.plan import Run, failure, options_of, require_all
 from benchmarks.rms_norm import rms_norm
+from benchmarks.silu import silu
 from benchmarks.timing import EXACT, check, time_calls
 from benchmarks.weights import activations
 from qpc.kernels import reference
+from qpc.kernels.gate import Activation
 from qpc.kernels.operand import unpack_rows
 from qpc.quant.hadamard import block_size
 from qpc.quant.rotation import Rotation
@@ -81,6 +85,12 @@ def transforms(features: int, batch: int, device: torch.device) -> Iterator[Tran
     yield Transform("triton rms_norm", partial(rms_norm, x, None, weight, EPSILON), normed, values=_first)
     yield Transform("triton add, rms_norm", partial(rms_norm, x, residual, weight, EPSILON), added, values=_first)
     values = partial(_rows, features)
+    gate, up = activations(batch, 2 * features, device).chunk(2, 1)
+    product = reference.gated(gate, up, Activation.SILU)
+    turned = reference.rotate(product.double(), signs, block)
+    yield Transform("triton silu", partial(silu, gate, up), product.double(), ROUNDING)
+    yield Transform("triton silu then rotate_operand", lambda: rotate_operand(silu(gate, up), signs, block)(), turned, values=values)
+    yield Transform("gated_operand", gated_operand(gate, up, Activation.SILU, signs, block), turned, values=values)
     yield Transform("rotate_operand", rotate_operand(x, signs, block), rotated, values=values)
     yield Transform("norm_operand", norm_operand(x, weight, EPSILON, signs, block), both, values=values)
     yield Transform("add_norm_operand", add_norm_operand(x, residual, weight, EPSILON, signs, block), all_three, values=values)
@@ -97,4 +107,4 @@ def _rows(features: int, results: tuple[Tensor, ...]) -> Tensor:
 
 def show(row: dict[str, Any]) -> str:
     """One row as a line."""
-    return f"{row['transform']:21} {row['features']:6} batch {row['batch']:2}  {row['us']:6.2f} us  error {row['max_rel_error']:.1e}"
+    return f"{row['transform']:31} {row['features']:6} batch {row['batch']:2}  {row['us']:6.2f} us  error {row['max_rel_error']:.1e}"

@@ -1,7 +1,8 @@
 """Activations into the operand of the integer multiplication on a GPU: which kernel does it.
 
 One launch, where a row is one block of the rotation: with explicit layouts on a Hopper GPU, else as plain Triton. Other rotations take two
-launches, and a norm in front of one is computed by PyTorch. Nothing between is rounded to less than float32.
+launches, and what lies in front of one, a norm or a gated activation, is computed by PyTorch. Nothing between is rounded to less than
+float32, but a gated activation to the dtype of the activations, where a model rounds it.
 """
 
 from dataclasses import replace
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qpc.kernels import cpu, hadamard, transform
+from qpc.kernels.gate import Activation, gated
 from qpc.kernels.select import Implementation, supports_rotation
-from qpc.kernels.transform import Norm
+from qpc.kernels.transform import Front, Gate, Norm
 
 LAYOUTS_CAPABILITY = (9, 0)
 """Compute capability of the kernel with explicit layouts."""
@@ -36,20 +38,29 @@ def normalize(x: Tensor, signs: Tensor, block: int, norm: Norm) -> tuple[Tensor,
     return *transform.pack(_rotated(wide, signs, block)), hidden
 
 
-def _in_one_launch(x: Tensor, signs: Tensor, block: int, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor] | None:
+def gate(x: Tensor, up: Tensor, activation: Activation, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Words and scales of the operand of rotated rows `activation(x) * up`; both [batch, features], of one dtype."""
+    found = _in_one_launch(x, signs, block, Gate(up, activation))
+    words, scales, _ = found or (*transform.pack(_rotated(gated(x, up, activation), signs, block)), x)
+    return words, scales
+
+
+def _in_one_launch(x: Tensor, signs: Tensor, block: int, front: Front) -> tuple[Tensor, Tensor, Tensor] | None:
     """Words, scales and sum, or None where no kernel does this rotation in one launch."""
     x = _by_rows(x)
-    if norm is not None:
-        residual = None if norm.residual is None else _by_rows(norm.residual)
-        norm = replace(norm, weight=norm.weight.contiguous(), residual=residual)
+    if isinstance(front, Norm):
+        residual = None if front.residual is None else _by_rows(front.residual)
+        front = replace(front, weight=front.weight.contiguous(), residual=residual)
+    elif isinstance(front, Gate):
+        front = replace(front, up=_by_rows(front.up))
     if x.is_cuda and x.dtype in LAYOUTS_DTYPES and torch.cuda.get_device_capability(x.device) == LAYOUTS_CAPABILITY:
         from qpc.kernels import transform_hopper
 
-        cut = transform_hopper.cut(x.shape[1], block, norm is not None)
+        cut = transform_hopper.cut(x.shape[1], block, isinstance(front, Norm), isinstance(front, Gate))
         if cut is not None:
-            return transform_hopper.transform(x, signs, norm, cut)
+            return transform_hopper.transform(x, signs, front, cut)
     if transform.plan(x.shape[1], block) is not None:
-        return transform.transform(x, signs, block, norm)
+        return transform.transform(x, signs, block, front)
     return None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qpc.errors import KernelError
 from qpc.kernels import cpu, fused, reference
+from qpc.kernels.gate import Activation, gated
 from qpc.kernels.launch import MAX_BATCH
 from qpc.kernels.operand import empty_operand, operand_rows, pack_operand, unpack_rows
 from qpc.kernels.ops import ACTIVATION_DTYPES, check_rotation, check_weight, trellis_parts
@@ -95,6 +96,29 @@ def add_norm_operand(
 @add_norm_operand.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, signs: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return *empty_operand(_check_norm(x, weight, signs, block, residual), x.shape[-1], x.device), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("qpc::gated_operand", mutates_args=())
+def gated_operand(gate: Tensor, up: Tensor, activation: str, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The operand of a rotated gated activation, `activation(gate) * up`, rounded to their dtype behind each of the two.
+
+    As `rotate_operand`. gate, up: [..., in_features], of one dtype; ranges of one tensor are read where they lie. activation: the name of a
+    `qpc.kernels.gate.Activation`. A Hopper GPU reads signs early, as for `norm_operand`.
+    """
+    kind = Activation.parse(activation)
+    batch = _check_gate(gate, up, signs, block)
+    if batch and supports(gate.device, gate.dtype).require() is Implementation.TRITON:
+        from qpc.kernels import activations
+
+        with torch.cuda.device(gate.device):
+            return activations.gate(gate.reshape(batch, -1), up.reshape(batch, -1), kind, signs.contiguous(), block)
+    return _packed(gated(gate, up, kind).double(), signs, block) if batch else empty_operand(0, gate.shape[-1], gate.device)
+
+
+@gated_operand.register_fake
+def _(gate: Tensor, up: Tensor, activation: str, signs: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    Activation.parse(activation)
+    return empty_operand(_check_gate(gate, up, signs, block), gate.shape[-1], gate.device)
 
 
 @torch.library.custom_op("qpc::operand_linear", mutates_args=())
@@ -184,6 +208,15 @@ def _check_norm(x: Tensor, weight: Tensor, signs: Tensor, block: int, residual: 
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape or residual.device != x.device):
         found = f"{residual.dtype} {tuple(residual.shape)} on {residual.device}"
         raise KernelError(f"operand: the residual is {found}, required {x.dtype} {tuple(x.shape)} on {x.device}")
+    return batch
+
+
+def _check_gate(gate: Tensor, up: Tensor, signs: Tensor, block: int) -> int:
+    """The number of rows. Raises `KernelError` unless the arguments fit together."""
+    batch = _check_activation(gate, signs, block)
+    if up.dtype != gate.dtype or up.shape != gate.shape or up.device != gate.device:
+        found = f"{up.dtype} {tuple(up.shape)} on {up.device}"
+        raise KernelError(f"operand: up is {found}, required that of gate, {gate.dtype} {tuple(gate.shape)} on {gate.device}")
     return batch
 
 

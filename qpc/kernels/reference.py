@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qpc.kernels.gate import Activation
 from qpc.quant.hadamard import hadamard_transform
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import unpack_signs
@@ -19,6 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * (weight + offset)` along the last axis of `x` [..., features]: float64, without any rounding."""
     wide = x.double()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.double() + offset)
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up`, each of the two from float64 rounded to the dtype of both."""
+    activated = activation(gate.double()).to(gate.dtype)
+    return (activated.double() * up.double()).to(gate.dtype)
 
 
 def dequantize(

@@ -67,3 +67,21 @@ def supports_rotation(block: int, device: torch.device, dtype: torch.dtype) -> S
         reason = f"matrix products of PyTorch: {block=} has a power-of-two factor {power}, the Triton kernel takes {MAX_ROTATION_POWER}"
         return Support(Implementation.TORCH, reason)
     return found
+
+
+MIN_TRANSFORM_POWER = 16
+MAX_TRANSFORM_OUTER = 64
+"""Smallest power-of-two factor and largest other factor of a block that one launch transforms into an operand."""
+
+
+@cache
+def supports_one_launch(features: int, block: int) -> Support:
+    """Whether a row is transformed into an operand in one launch on a GPU, with what lies in front of its rotation."""
+    base, power = factors(block)
+    if block != features:
+        return Support(Implementation.TORCH, f"a launch of its own rotates a row of {features // block} blocks")
+    if power < MIN_TRANSFORM_POWER or base > MAX_TRANSFORM_OUTER:
+        required = f"at least {MIN_TRANSFORM_POWER} and at most {MAX_TRANSFORM_OUTER}"
+        reason = f"a launch of its own rotates a row of {block} = {power} x {base} features; one that does more takes {required}"
+        return Support(Implementation.TORCH, reason)
+    return Support(Implementation.TRITON, "one launch")

@@ -1,4 +1,4 @@
-"""Rotation, and RMSNorm before it, straight into the operand of the integer multiplication: one launch, float32 inside.
+"""Rotation, and a norm or gated activation before it, straight into the operand of the integer multiplication: one launch, float32 inside.
 
 A block of the rotation is `H_outer (kron) H_power`. A program makes `MEMBERS` output rows of the outer factor, each of `POWER` values, and
 for that reads its whole block; so a row is spread over several multiprocessors, which never wait for each other. The scale of a row must
@@ -11,13 +11,16 @@ can have the scale of its peak instead (`PEAK_SCALE`), about half as large.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from qpc.kernels.gate import GELU_CUBE, GELU_SLOPE, Activation
 from qpc.kernels.operand import PEAK, PROJECTIONS, empty_operand
+from qpc.kernels.select import Implementation, supports_one_launch
 from qpc.quant.hadamard import factors, hadamard_matrix
 
 CREST = 8.0
@@ -28,6 +31,7 @@ _FIRST, _SECOND = (tl.constexpr(each) for each in zip(*PROJECTIONS, strict=True)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: a float32 sum with it is rounded to the nearest integer, whose low bits are those of the sum."""
 _ROUND_BITS = tl.constexpr(0x4B400000)
+_SILU, _SLOPE, _CUBE = tl.constexpr(Activation.SILU.value), tl.constexpr(GELU_SLOPE), tl.constexpr(GELU_CUBE)
 
 
 @triton.jit
@@ -104,8 +108,15 @@ def _pack_kernel(x, words, scales, features, rows, x_stride, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _read(x, residual, weight, signs, hidden, row, octet, x_stride, residual_stride, features, offset, keep,
-          NORM: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+def _activated(value, ACTIVATION: tl.constexpr):
+    """An activation (`qpc.kernels.gate`) of float32 values."""
+    logit = value if ACTIVATION == _SILU else value * (_SLOPE + _SLOPE * _CUBE * value * value)
+    return value / (1 + tl.exp(-logit))
+
+
+@triton.jit
+def _read(x, second, weight, signs, hidden, row, octet, x_stride, second_stride, features, offset, keep,
+          NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """Values to be rotated, float32: with their signs, in front of a norm times its weight; and the values that are normalized.
 
     octet: [N], which eight features; returns [N, 8]. With a residual the sum is stored to `hidden` where `keep` is true.
@@ -113,9 +124,13 @@ def _read(x, residual, weight, signs, hidden, row, octet, x_stride, residual_str
     feature = octet[:, None] * 8 + tl.arange(0, 8)[None, :]
     value = tl.load(x + row * x_stride + feature)
     if RESIDUAL:
-        other = tl.load(residual + row * residual_stride + feature)
+        other = tl.load(second + row * second_stride + feature)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
         tl.store(hidden + row * features + feature, value, mask=keep & (feature >= 0))
+    if ACTIVATION is not None:
+        other = tl.load(second + row * second_stride + feature)
+        activated = _activated(value.to(tl.float32), ACTIVATION).to(value.dtype)
+        value = (activated.to(tl.float32) * other.to(tl.float32)).to(value.dtype)
     plain = value.to(tl.float32)
     signed = plain
     if NORM:
@@ -127,11 +142,12 @@ def _read(x, residual, weight, signs, hidden, row, octet, x_stride, residual_str
 
 @triton.jit(do_not_specialize=["rows"])
 def _transform_kernel(
-    x, residual, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, residual_stride, eps, offset, crest,
+    x, second, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, second_stride, eps, offset, crest,
     OUTER: tl.constexpr, POWER: tl.constexpr, STAGES: tl.constexpr, MEMBERS: tl.constexpr,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr, PEAK_SCALE: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, PEAK_SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (members of the outer factor, row). crest: root mean squares that the scale holds, unless PEAK_SCALE."""
+    """Programs (members of the outer factor, row). second: the residual, or what the activation of x gates. crest: root mean squares that
+    the scale holds, unless PEAK_SCALE."""
     SIZE: tl.constexpr = MEMBERS * POWER
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -144,8 +160,8 @@ def _transform_kernel(
     energies = tl.zeros((POWER // 8, 8), tl.float32)
     for source in tl.static_range(OUTER):
         value, plain = _read(
-            x, residual, weight, signs, hidden, row, source * (POWER // 8) + octet, x_stride, residual_stride, features, offset,
-            source // MEMBERS == tl.program_id(0), NORM, RESIDUAL,
+            x, second, weight, signs, hidden, row, source * (POWER // 8) + octet, x_stride, second_stride, features, offset,
+            source // MEMBERS == tl.program_id(0), NORM, RESIDUAL, ACTIVATION,
         )  # fmt: skip
         if NORM:
             squares += plain * plain
@@ -176,6 +192,36 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A gated activation in front of the rotation: `activation(x) * up`, rounded to the dtype of x behind each of the two."""
+
+    up: Tensor
+    activation: Activation
+
+
+Front = Norm | Gate | None
+"""What lies in front of the rotation."""
+
+
+def front_arguments(x: Tensor, front: Front) -> dict[str, Any]:
+    """Arguments of both kernels for what lies in front of the rotation of x [batch, features]; `hidden`: the sum with a residual, or x."""
+    norm, gate = front if isinstance(front, Norm) else None, front if isinstance(front, Gate) else None
+    residual = None if norm is None else norm.residual
+    second = residual if gate is None else gate.up
+    return {
+        "second": second,
+        "second_stride": 0 if second is None else second.stride(0),
+        "weight": None if norm is None else norm.weight,
+        "eps": 0.0 if norm is None else norm.eps,
+        "offset": 0.0 if norm is None else norm.offset,
+        "hidden": x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        "NORM": norm is not None,
+        "RESIDUAL": residual is not None,
+        "ACTIVATION": None if gate is None else gate.activation.value,
+    }
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a block is cut: `H_outer (kron) H_power`, members of the outer factor in a program."""
 
@@ -192,43 +238,37 @@ class Plan:
 
 
 def plan(features: int, block: int) -> Plan | None:
-    """How to transform a row in one launch, or None where it takes more than one: several blocks, or a large or narrow factor."""
-    base, power = factors(block)
-    if block != features or power < MIN_POWER or base > MAX_OUTER:
+    """How to transform a row in one launch, or None where it takes more than one (`supports_one_launch`)."""
+    if supports_one_launch(features, block).implementation is not Implementation.TRITON:
         return None
-    inner = min(power, MAX_POWER)
+    inner = min(factors(block)[1], MAX_POWER)
     outer = features // inner
     members = min(triton.next_power_of_2(outer), max(1, MIN_VALUES // inner))
     return Plan(outer, inner, members, max(1, min(8, members * inner // 128)))
 
 
-MIN_POWER = 16
 MAX_POWER = 1024
 MIN_VALUES = 512
-MAX_OUTER = 64
 
 
 PACK_CHUNK = 2048
 """Columns that one program packs."""
 
 
-def transform(x: Tensor, signs: Tensor, block: int, norm: Norm | None = None, cut: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def transform(x: Tensor, signs: Tensor, block: int, front: Front = None, cut: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Words and scales of the operand of the rotated rows x [batch, features], and the sum with the residual (else `x` itself)."""
     batch, features = x.shape
     cut = plan(features, block) if cut is None else cut
     assert cut is not None
     words, scales = empty_operand(batch, features, x.device)
-    residual = None if norm is None else norm.residual
-    hidden = x if residual is None else torch.empty((batch, features), dtype=x.dtype, device=x.device)
-    crest = min(CREST, block**0.5)
+    given = front_arguments(x, front)
     _transform_kernel[(cut.programs, batch)](
-        x, residual, None if norm is None else norm.weight, signs, outer_matrix(cut.outer, block, x.device), hidden, words, scales,
-        features, words.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
-        0.0 if norm is None else norm.offset, crest,
-        OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, NORM=norm is not None,
-        RESIDUAL=residual is not None, PEAK_SCALE=cut.peak_scale, PDL=False, num_warps=cut.warps,
+        x, signs=signs, matrix=outer_matrix(cut.outer, block, x.device), words=words, scales=scales, features=features,
+        rows=words.shape[1], x_stride=x.stride(0), crest=min(CREST, block**0.5), **given,
+        OUTER=cut.outer, POWER=cut.power, STAGES=cut.power.bit_length() - 1, MEMBERS=cut.members, PEAK_SCALE=cut.peak_scale, PDL=False,
+        num_warps=cut.warps,
     )  # fmt: skip
-    return words, scales, hidden
+    return words, scales, given["hidden"]
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor]:

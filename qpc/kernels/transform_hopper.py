@@ -7,27 +7,32 @@ It reads nothing that an earlier kernel of the stream wrote before that has ende
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment, var-annotated"
 
+import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon  # type: ignore[import-untyped]
 from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
+from qpc.kernels.gate import GELU_CUBE, GELU_SLOPE, Activation
 from qpc.kernels.operand import PEAK, PROJECTIONS, empty_operand
-from qpc.kernels.transform import CREST, Norm, outer_matrix
+from qpc.kernels.transform import CREST, Front, front_arguments, outer_matrix
 from qpc.quant.hadamard import factors
 
-POWERS, NORM_POWERS = (512, 1024), (1024, 512)
+POWERS, FRONT_POWERS = (512, 1024), (1024, 512)
 """Largest inner factors, the best first: of a small one the block is spread over more programs, each of which reads all of it. Behind a
-norm that counts for more, since the weights of the norm are read as well."""
+norm that counts for more, since the weights of the norm are read as well, and behind a gated activation, which each program computes."""
 
 VECTORS = (8, 4, 2)
 """Values of a thread in each row, the best first."""
 
 MAX_WARPS = 8
+GATED_WARPS = 4
+"""Of a program with a gated activation, if it can: fewer leave some of the special function units of their multiprocessor idle."""
+
 MAX_HELD = 96
 """Registers of a thread for what it loads before it waits: pairs of values of all rows, and of as many weights of a norm."""
 
@@ -40,6 +45,10 @@ _BYTES = gl.constexpr("{.reg .b32 a, b; prmt.b32 a, $1, $2, SELECT; prmt.b32 b, 
 _LOW, _HIGH = gl.constexpr(_BYTES.value.replace("SELECT", "0x0040")), gl.constexpr(_BYTES.value.replace("SELECT", "0x0051"))
 """Gather the lowest byte, or the second, of four words into one."""
 _ROUND = gl.constexpr(12582912.0)
+_SILU, _SLOPE, _CUBE = gl.constexpr(Activation.SILU.value), gl.constexpr(GELU_SLOPE), gl.constexpr(GELU_CUBE)
+_LOG2_E = gl.constexpr(1 / math.log(2))
+_SIGMOID = gl.constexpr("{.reg .f32 a; ex2.approx.ftz.f32 a, $1; add.rn.ftz.f32 a, a, 0f3F800000; rcp.approx.ftz.f32 $0, a;}")
+"""Of the negative exponent to base 2."""
 
 
 @gluon.constexpr_function
@@ -105,13 +114,21 @@ def _digits(values, inverse):
     return (scaled + _ROUND).to(gl.int32, bitcast=True)
 
 
+@gluon.jit
+def _activated(value, ACTIVATION: gl.constexpr):
+    """An activation (`qpc.kernels.gate`) of float32 values, by the two instructions that take most of the time of a gated transform."""
+    logit = value if ACTIVATION == _SILU else value * (_SLOPE + _SLOPE * _CUBE * value * value)
+    return value * gl.inline_asm_elementwise(_SIGMOID, "=f,f", [logit * -_LOG2_E], dtype=gl.float32, is_pure=True, pack=1)
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def transform_kernel(
-    x, residual, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, residual_stride, eps, offset,
+    x, second, weight, signs, matrix, hidden, words, scales, features, rows, x_stride, second_stride, eps, offset,
     CREST: gl.constexpr, OUTER: gl.constexpr, POWER: gl.constexpr, MEMBERS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
-    NORM: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    NORM: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Programs (members of the outer factor, row). matrix: float32 [OUTER (source), OUTER (member)]."""
+    """Programs (members of the outer factor, row). matrix: float32 [OUTER (source), OUTER (member)]. second: the residual, or what the
+    activation of x gates."""
     SIZE: gl.constexpr = MEMBERS * POWER
     by_member: gl.constexpr = gl.BlockedLayout([MEMBERS, VECTOR], [1, 32], [1, WARPS], [1, 0])
     along: gl.constexpr = gl.SliceLayout(0, by_member)
@@ -122,6 +139,8 @@ def transform_kernel(
     at_member = matrix + first_member + gl.arange(0, MEMBERS, down)
     in_block = first_member + gl.arange(0, MEMBERS, down) < OUTER
     at_x = x + row.to(gl.int64) * x_stride + inner
+    if RESIDUAL or ACTIVATION is not None:
+        at_second = second + row.to(gl.int64) * second_stride + inner
     if PDL:
         gdc_launch_dependents()
     entries = ()
@@ -138,16 +157,22 @@ def transform_kernel(
     raws = ()
     for source in gl.static_range(OUTER):
         raws += (gl.load(at_x + source * POWER),)
+    ups = ()
+    if ACTIVATION is not None:
+        for source in gl.static_range(OUTER):
+            ups += (gl.load(at_second + source * POWER),)
     acc = gl.zeros((MEMBERS, POWER), gl.float32, by_member)
     squares = gl.zeros((POWER,), gl.float32, along)
     energies = gl.zeros((POWER,), gl.float32, along)
     for source in gl.static_range(OUTER):
         raw = raws[source]
         if RESIDUAL:
-            other = gl.load(residual + row.to(gl.int64) * residual_stride + source * POWER + inner)
+            other = gl.load(at_second + source * POWER)
             raw = (raw.to(gl.float32) + other.to(gl.float32)).to(raw.dtype)
             if source // MEMBERS == gl.program_id(0):
                 gl.store(hidden + row.to(gl.int64) * features + source * POWER + inner, raw)
+        if ACTIVATION is not None:
+            raw = _activated(raw.to(gl.float32), ACTIVATION).to(raw.dtype) * ups[source]
         value = raw.to(gl.float32)
         if NORM:
             squares += value * value
@@ -215,33 +240,32 @@ class Cut:
 
 
 @cache
-def cut(features: int, block: int, norm: bool) -> Cut | None:
-    """How to transform a row of 16-bit values, behind a norm or not; None where this kernel does not, or not without spilling registers."""
+def cut(features: int, block: int, norm: bool = False, gated: bool = False) -> Cut | None:
+    """How to transform a row of 16-bit values, behind a norm, a gated activation or neither; None where this kernel does not, or not
+    without spilling registers."""
+    assert not (norm and gated), "one of them lies in front of a rotation"
     _, power = factors(block)
     if block != features:
         return None
-    for inner in dict.fromkeys(min(power, each) for each in (NORM_POWERS if norm else POWERS)):
-        outer = features // inner
-        for vector in VECTORS:
-            warps = inner // (32 * vector)
-            members = max(1, 64 * warps * warps // inner)  # the exchange between warps needs as many values
-            held = outer * vector * (1 + norm) // 2
-            if 1 <= warps <= MAX_WARPS and held <= MAX_HELD and outer * members <= MAX_ENTRIES:
-                return Cut(outer, inner, members, warps)
+    inners = dict.fromkeys(min(power, each) for each in (FRONT_POWERS if norm or gated else POWERS))
+    for least, inner, vector in product((GATED_WARPS, 1) if gated else (1,), inners, VECTORS):
+        outer, warps = features // inner, inner // (32 * vector)
+        members = max(1, 64 * warps * warps // inner)  # the exchange between warps needs as many values
+        held = outer * vector * (1 + norm) // 2
+        if least <= warps <= MAX_WARPS and held <= MAX_HELD and outer * members <= MAX_ENTRIES:
+            return Cut(outer, inner, members, warps)
     return None
 
 
-def transform(x: Tensor, signs: Tensor, norm: Norm | None, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+def transform(x: Tensor, signs: Tensor, front: Front, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     """As `qpc.kernels.transform.transform`, by this kernel; x: [batch, features], a block of float16 or bfloat16 in each row."""
     batch, features = x.shape
     words, scales = empty_operand(batch, features, x.device)
-    residual = None if norm is None else norm.residual
-    hidden = x if residual is None else torch.empty((batch, features), dtype=x.dtype, device=x.device)
+    given = front_arguments(x, front)
     transform_kernel[(cut.programs, batch)](
-        x, residual, None if norm is None else norm.weight, signs, outer_matrix(cut.outer, features, x.device, True), hidden, words, scales,
-        features, words.shape[1], x.stride(0), 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
-        0.0 if norm is None else norm.offset,
+        x, signs=signs, matrix=outer_matrix(cut.outer, features, x.device, True), words=words, scales=scales, features=features,
+        rows=words.shape[1], x_stride=x.stride(0), **given,
         CREST=min(CREST, features**0.5), OUTER=cut.outer, POWER=cut.power, MEMBERS=cut.members, VECTOR=cut.vector, WARPS=cut.warps,
-        NORM=norm is not None, RESIDUAL=residual is not None, PDL=True, num_warps=cut.warps, launch_pdl=True,
+        PDL=True, num_warps=cut.warps, launch_pdl=True,
     )  # fmt: skip
-    return words, scales, hidden
+    return words, scales, given["hidden"]

@@ -145,7 +145,7 @@ def test_transforms_pass_their_checks(features: int) -> None:
         if not each.name.startswith("triton"):
             check(lambda each=each: each.values(each.call()), each.expected, each.tolerance)  # type: ignore[misc]
             names.add(each.name)
-    assert names >= {"rotate", "rms_norm", "rotate_operand", "norm_operand", "add_norm_operand"}
+    assert names >= {"rotate", "rms_norm", "rotate_operand", "norm_operand", "add_norm_operand", "gated_operand"}
 
 
 def test_columns_of_baselines_have_names_in_the_report() -> None:

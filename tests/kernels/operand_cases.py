@@ -10,12 +10,14 @@ from torch import Tensor
 
 from qpc.errors import KernelError
 from qpc.kernels import activations, fused, operand_ops, reference, transform
+from qpc.kernels.gate import Activation
 from qpc.kernels.operand import PEAK, operand_rows, projections, unpack_operand
-from qpc.kernels.transform import CREST, Norm
+from qpc.kernels.transform import CREST, Gate, Norm
 from qpc.quant.hadamard import block_size
 from qpc.quant.layout import column_blocks
 from qpc.quant.rotation import Rotation
 from tests.kernels.packed import packed, poisoned
+from tests.kernels.rounding import settled
 from tests.kernels.tolerances import OPERAND_STEPS, assert_close
 
 Check = Callable[[str], None]
@@ -28,6 +30,11 @@ class Front(Enum):
     NOTHING = "rotate"
     NORM = "norm"
     ADD_NORM = "add and norm"
+    SILU = "gate by silu"
+    GELU_TANH = "gate by gelu_tanh"
+
+
+GATES = {Front.SILU: Activation.SILU, Front.GELU_TANH: Activation.GELU_TANH}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ SMALL = (
     OperandSizes(
         rotations=((7, 1), (48, 12), (96, 32), (64, 64), (576, 576)), packed=(1, 50, 2100), batches=(1, 3), dtypes=(torch.float32,)
     ),
+    OperandSizes(rotations=((64, 64), (96, 32)), batches=(2,), dtypes=(torch.float16,)),
 )
 
 WIDTHS = (128, 576, 1024, 1536, 2560, 4096, 5120, 8192, 14336, 16384, 28672)
@@ -118,6 +126,10 @@ def _check_rotations(
     weight = torch.randn(features, device=device).to(dtype)
     for batch in batches:
         x = activation(batch, features, dtype, device, gap=16 * (batch % 2))
+        if front in GATES:
+            x, up = _gate(x, GATES[front], together=batch % 2 == 0)
+            _check_gated(Gate(up, GATES[front]), x, signs, block, plan)
+            continue
         residual = activation(batch, features, dtype, device) if front is Front.ADD_NORM else None
         norm = None if front is Front.NOTHING else Norm(weight, EPS, float(batch % 2), residual)
         with poisoned():
@@ -131,6 +143,24 @@ def _check_rotations(
         assert torch.equal(total, expected), "the sum with the residual"
         wide = expected.double() if norm is None else reference.rms_norm(expected, weight, EPS, norm.offset)
         assert_operand((words, scales), reference.rotate(wide, signs, block))
+
+
+def _gate(x: Tensor, kind: Activation, together: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up, which may be two ranges of the columns of one tensor."""
+    gate, up = settled(x, kind), torch.randn(x.shape, device=x.device).to(x.dtype)
+    if not together:
+        return gate, up
+    first, second = torch.cat([gate, up], 1).chunk(2, 1)
+    return first, second
+
+
+def _check_gated(gate: Gate, x: Tensor, signs: Tensor, block: int, plan: transform.Plan | None) -> None:
+    with poisoned():
+        if plan is not None:
+            words, scales, _ = transform.transform(x, signs, block, gate, plan)
+        else:
+            words, scales = activations.gate(x, gate.up, gate.activation, signs, block)
+    assert_operand((words, scales), reference.rotate(reference.gated(x, gate.up, gate.activation).double(), signs, block))
 
 
 def _check_pack(features: int, dtype: torch.dtype, batches: tuple[int, ...], device: str) -> None:
@@ -178,6 +208,7 @@ def _check_special(dtype: torch.dtype, device: str) -> None:
     signs = torch.zeros(Rotation.bytes_for(128), dtype=torch.uint8, device=device)
     x = torch.ones(4, 128, dtype=dtype, device=device)
     x[0], x[1, 5], x[2, 7] = 0, float("nan"), float("inf")
-    for words, scales in (activations.rotate(x, signs, 128), transform.pack(x)):
+    gated = [activations.gate(*both, kind, signs, 128) for both in ((x, x), (torch.ones_like(x), x)) for kind in Activation]
+    for words, scales in (activations.rotate(x, signs, 128), transform.pack(x), *gated):
         rows = unpack_operand(words, scales)
         assert not rows[0].any() and not rows[1].isfinite().any() and not rows[2].isfinite().any() and rows[3].isfinite().all()

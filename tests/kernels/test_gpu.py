@@ -1,17 +1,24 @@
 """The Triton kernels against their oracles on a GPU, and the operators as models call them."""
 
+import re
 from dataclasses import replace
 from itertools import chain, islice
 
 import pytest
 import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional
 
 from qpc.errors import KernelError
+from qpc.inductor.hook import register
 from qpc.kernels import expert_ops, ops, reference
+from qpc.kernels.gate import Activation
 from qpc.kernels.linear import QuantizedLinear
 from qpc.quant.rotation import Rotation
 from qpc.quant.trellis import TrellisQuantizer
 from tests.kernels.packed import packed
+from tests.kernels.rounding import settled
 from tests.kernels.tolerances import assert_close
 
 PARTS = 12
@@ -67,6 +74,39 @@ def test_module_in_a_compiled_graph_and_a_cuda_graph(batch: int) -> None:
             captured.fill_(float("nan"))
             graph.replay()
             assert_close(captured, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_a_gated_activation_in_a_compiled_graph_and_a_cuda_graph(batch: int, dtype: torch.dtype) -> None:
+    """Gate and up are read where they lie, as halves of what one multiplication made."""
+    from tests.kernels.operand_cases import assert_operand
+
+    both = 3 * torch.randn(batch, 1, 2 * 1024, device="cuda").to(dtype)
+    both[..., :1024] = settled(both[..., :1024], Activation.SILU)
+    signs = torch.randint(0, 256, (128,), dtype=torch.uint8, device="cuda")
+    gate, up = both.reshape(batch, -1).chunk(2, -1)
+    expected = reference.rotate(reference.gated(gate, up, Activation.SILU).double(), signs, 1024)
+
+    def operand(value: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = value.chunk(2, -1)
+        words, scales = torch.ops.qpc.rotate_operand(functional.silu(gate) * up, signs, 1024)
+        return words, scales
+
+    register()
+    compiled = torch.compile(operand, fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        found, (code,) = run_and_get_code(lambda: compiled(both, signs))
+        assert "gated_operand" in code and not re.search(r"triton_\w*fused", code), "one launch, and no copies of gate and up"
+        assert_operand(found, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = compiled(both, signs)
+        for _ in range(3):
+            captured[0].fill_(-1)
+            captured[1].fill_(float("nan"))
+            graph.replay()
+            assert_operand(captured, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

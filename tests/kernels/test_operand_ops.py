@@ -1,20 +1,24 @@
 """The operators of the integer multiplication on the CPU: what they mean, shapes, compilation, and what they refuse."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.nn import functional
 
 from qpc.errors import KernelError, QpcError
 from qpc.kernels import reference
+from qpc.kernels.gate import Activation
 from qpc.kernels.operand import operand_rows, projections, unpack_operand
-from qpc.kernels.operand_ops import add_norm_operand, norm_operand, operand_linear, pack_rows, rotate_operand
+from qpc.kernels.operand_ops import add_norm_operand, gated_operand, norm_operand, operand_linear, pack_rows, rotate_operand
 from qpc.quant.layout import column_blocks
 from qpc.quant.rotation import Rotation
 from tests.kernels.packed import packed, poisoned
+from tests.kernels.rounding import settled
 from tests.kernels.tolerances import RELATIVE, assert_close, relative_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -50,9 +54,27 @@ def test_operands_are_of_the_rotated_rows(shape: tuple[int, ...], features: int,
         assert_operand(rotate_operand(x, signs, block), rotated(x))
         assert_operand(pack_rows(x), x.double().reshape(-1, features))
         assert_operand(norm_operand(x, weight, EPS, 1.0, signs, block), rotated(reference.rms_norm(x, weight, EPS, 1.0)))
+        for kind in Activation:
+            gate = settled(x, kind)
+            assert_operand(gated_operand(gate, residual, kind.value, signs, block), rotated(reference.gated(gate, residual, kind)))
         words, scales, total = add_norm_operand(x, residual, weight, EPS, 0.0, signs, block)
     assert torch.equal(total, x + residual)
     assert_operand((words, scales), rotated(reference.rms_norm(total, weight, EPS, 0.0)))
+
+
+@pytest.mark.parametrize("kind", Activation)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_gated_is_rounded_as_by_pytorch(dtype: torch.dtype, kind: Activation) -> None:
+    """Bit for bit what the operators of a model give one after another, also from ranges of one tensor."""
+    both, signs = 3 * torch.randn(3, 2, 192).to(dtype), signs_of(96)
+    gate, up = both.chunk(2, -1)
+    plain = functional.silu if kind is Activation.SILU else partial(functional.gelu, approximate="tanh")
+    expected = rotate_operand(plain(gate) * up, signs, 32)
+    for arguments in ((gate, up), (gate.clone(), up.clone())):
+        with poisoned():
+            found = gated_operand(*arguments, kind.value, signs, 32)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert relative_error(reference.gated(gate, up, kind), plain(gate.double()) * up.double()) <= RELATIVE[dtype]
 
 
 def test_norm_is_that_of_pytorch() -> None:
@@ -83,6 +105,7 @@ def test_empty_batch() -> None:
         rotate_operand(nothing, signs, 8),
         pack_rows(nothing),
         norm_operand(torch.empty(0, 40), torch.ones(40), EPS, 0.0, signs, 8),
+        gated_operand(nothing, nothing, "silu", signs, 8),
     ):
         assert operand_linear(*operand, weight.codes, weight.scales, None, *weight.format, 20, torch.half).shape == (0, 20)
     empty = torch.empty(0, 40)
@@ -96,6 +119,7 @@ def test_opcheck() -> None:
     opcheck(pack_rows, (x,))
     opcheck(norm_operand, (x, scale, EPS, 1.0, signs, 32))
     opcheck(add_norm_operand, (x, x.clone(), scale, EPS, 0.0, signs, 32))
+    opcheck(gated_operand, (*torch.randn(2, 3, 192).chunk(2, -1), "gelu_tanh", signs, 32))
     operand = rotate_operand(torch.randn(4, 96), signs, 32)
     opcheck(operand_linear, (*operand, weight.codes, weight.scales, torch.randn(33), *weight.format, 33, torch.bfloat16))
     opcheck(operand_linear, (*operand, weight.codes, weight.scales, None, *weight.format, 33, torch.float32))
@@ -120,6 +144,7 @@ WEIGHT = packed("trellis", 32, 48, [4])
 SIGNS = signs_of(48)
 ROTATION: dict[str, Any] = {"x": torch.randn(2, 48), "signs": SIGNS, "block": 16}
 NORM: dict[str, Any] = ROTATION | {"weight": torch.ones(48), "eps": EPS, "offset": 0.0, "residual": torch.ones(2, 48)}
+GATED: dict[str, Any] = {"gate": ROTATION["x"], "up": ROTATION["x"], "activation": "silu", "signs": SIGNS, "block": 16}
 WORDS, SCALES = rotate_operand(ROTATION["x"], SIGNS, 16)
 LINEAR: dict[str, Any] = {
     "words": WORDS, "scales": SCALES, "codes": WEIGHT.codes, "weight_scales": WEIGHT.scales, "bias": None, "step_bits": [4],
@@ -140,6 +165,11 @@ LINEAR: dict[str, Any] = {
         (add_norm_operand, NORM, {"weight": torch.ones(48, dtype=torch.int32)}, "floating point"),
         (add_norm_operand, NORM, {"residual": torch.ones(1, 48)}, r"residual.*\(1, 48\).*\(2, 48\)"),
         (add_norm_operand, NORM, {"residual": torch.ones(2, 48).half()}, "residual.*float16.*float32"),
+        (gated_operand, GATED, {"up": torch.ones(1, 48)}, r"up.*\(1, 48\).*gate.*\(2, 48\)"),
+        (gated_operand, GATED, {"up": torch.ones(2, 48).half()}, "up.*float16.*float32"),
+        (gated_operand, GATED, {"activation": "relu"}, "'relu'; known: silu, gelu_tanh"),
+        (gated_operand, GATED, {"gate": torch.ones(17, 48), "up": torch.ones(17, 48)}, "at most 16 rows"),
+        (gated_operand, GATED, {"block": 5}, "divisible"),
         (operand_linear, LINEAR, {"words": WORDS[:, :1]}, r"words.*\(3, 1, 2.*\(3, 2, 2"),
         (operand_linear, LINEAR, {"words": WORDS.float()}, "int32"),
         (operand_linear, LINEAR, {"scales": SCALES.double()}, "float32"),
@@ -161,5 +191,10 @@ def test_refuses_what_does_not_fit(operator: Callable[..., Any], good: dict[str,
 
 
 def test_fake_refuses_too() -> None:
+    many, signs = torch.empty(17, 48, device="meta"), SIGNS.to("meta")
     with pytest.raises(KernelError, match="at most 16 rows"):
-        rotate_operand(torch.empty(17, 48, device="meta"), SIGNS.to("meta"), 16)
+        rotate_operand(many, signs, 16)
+    with pytest.raises(KernelError, match="at most 16 rows"):
+        gated_operand(many, many, "silu", signs, 16)
+    with pytest.raises(KernelError, match="known: silu"):
+        gated_operand(many[:2], many[:2], "Silu", signs, 16)

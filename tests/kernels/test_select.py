@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qpc.errors import KernelError
-from qpc.kernels.select import Implementation, supports, supports_rotation
+from qpc.kernels.select import Implementation, supports, supports_one_launch, supports_rotation
 
 
 def test_cpu() -> None:
@@ -17,6 +17,13 @@ def test_other_devices_say_why_not() -> None:
     assert found.implementation is None
     with pytest.raises(KernelError, match=r"xpu.*required cpu or an NVIDIA GPU"):
         found.require()
+
+
+def test_one_launch_transforms_one_block_of_a_row() -> None:
+    assert supports_one_launch(14336, 14336).require() is Implementation.TRITON
+    for features, block, reason in ((14336, 512, "28 blocks"), (18944, 18944, "128 x 148"), (24, 24, "2 x 12")):
+        found = supports_one_launch(features, block)
+        assert found.require() is Implementation.TORCH and reason in found.reason, found
 
 
 def test_unsupported_dtype_on_a_gpu() -> None:
