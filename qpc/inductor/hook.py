@@ -1,5 +1,6 @@
 """Where the rewrites meet Inductor: its hook for passes on the graph of operators, before it fuses anything."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import torch._inductor.config as inductor
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from qpc.inductor.gates import fuse_gates
 from qpc.inductor.merge import merge_equal
 from qpc.inductor.norms import fuse_norms
 from qpc.inductor.ropes import fuse_ropes
 
-FILES = tuple(str(Path(__file__).with_name(name)) for name in ("hook.py", "merge.py", "nodes.py", "norms.py", "ropes.py"))
+FILES = tuple(str(Path(__file__).with_name(name)) for name in ("gates.py", "hook.py", "merge.py", "nodes.py", "norms.py", "ropes.py"))
+
+_LOG = logging.getLogger("qpc.inductor")
 
 
 Before = CustomGraphPass | Callable[[fx.Graph], object]
@@ -28,7 +32,11 @@ class GraphPass(CustomGraphPass):
         """Rewrite a graph in place; one without operators of qpc stays as it is."""
         for other in self.before:
             other(graph)
-        if merge_equal(graph) + fuse_norms(graph) + fuse_ropes(graph):
+        changed = merge_equal(graph) + fuse_norms(graph)
+        gates, remarks = fuse_gates(graph)
+        for remark in remarks:
+            _LOG.info("%s", remark)
+        if changed + gates + fuse_ropes(graph):
             graph.eliminate_dead_code()
             graph.lint()
 

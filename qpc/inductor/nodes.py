@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 aten, prims = torch.ops.aten, torch.ops.prims
+CONSTANTS = ("placeholder", "get_attr")
 
 
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -37,3 +38,8 @@ def is_call(node: object, *targets: object) -> bool:
 def unconverted(node: Any) -> Any:
     """What a value was before its dtype changed."""
     return node.args[0] if is_call(node, prims.convert_element_type.default, aten._to_copy.default) else node
+
+
+def is_constant(node: object) -> bool:
+    """Whether a node is a tensor that the graph is given, and not one that it computes."""
+    return isinstance(node, fx.Node) and node.op in CONSTANTS

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qpc.inductor.nodes import aten, call, is_call, results, unconverted
+from qpc.inductor.nodes import aten, call, is_call, is_constant, results, unconverted
 from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
 
 ROTATE = torch.ops.qpc.rotate_operand.default
-CONSTANTS = ("placeholder", "get_attr")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def _fuse(graph: fx.Graph, rotation: fx.Node) -> bool:
     if not isinstance(rotated, fx.Node) or any(user.target is not ROTATE for user in rotated.users):
         return False
     norm = match_norm(rotated)
-    if norm is None or not _is_constant(signs):
+    if norm is None or not is_constant(signs):
         return False
     features, rest = rotated.meta["val"].shape[-1], (norm.weight, norm.eps, norm.offset, signs, block)
     if norm.weight.meta["val"].shape != (features,) or norm.x.meta["val"].shape[-1] != features:
@@ -82,7 +81,7 @@ def _weight(node: Any) -> tuple[fx.Node, float] | None:
     node = unconverted(node)
     if is_call(node, aten.add.Tensor) and isinstance(node.args[1], int | float) and not node.kwargs:
         node, offset = unconverted(node.args[0]), float(node.args[1])
-    return (node, offset) if _is_constant(node) and node.meta["val"].ndim == 1 else None
+    return (node, offset) if is_constant(node) and node.meta["val"].ndim == 1 else None
 
 
 def _normalized(node: Any) -> tuple[fx.Node, float] | None:
@@ -104,11 +103,6 @@ def _is_square(node: Any, x: object) -> bool:
     if is_call(node, aten.pow.Tensor_Scalar):
         return bool(node.args == (x, 2))
     return is_call(node, aten.mul.Tensor) and bool(node.args == (x, x))
-
-
-def _is_constant(node: object) -> bool:
-    """Whether a node is a tensor that the graph is given, and not one that it computes."""
-    return isinstance(node, fx.Node) and node.op in CONSTANTS
 
 
 def _terms(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -1,16 +1,21 @@
-"""What the rewrites take for a norm or a rotary embedding, and what they leave alone, on graphs as `make_fx` records them."""
+"""What the rewrites take for a norm, a gate or a rotary embedding, and what they leave alone, on graphs as `make_fx` records them."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
 
+from qpc.inductor.gates import fuse_gates, match_activation
+from qpc.inductor.hook import GraphPass
 from qpc.inductor.merge import merge_equal
 from qpc.inductor.norms import fuse_norms, match_norm
 from qpc.inductor.ropes import match_turned
 from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
+from qpc.kernels.gate import Activation
 
 FEATURES, EPS = 32, 1e-5
 X = torch.randn(2, 1, FEATURES, generator=torch.Generator().manual_seed(0))
@@ -40,8 +45,8 @@ def rotated(x: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     return words, scales
 
 
-def graph_of(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
-    recorded = make_fx(function, tracing_mode="fake")(*inputs)
+def graph_of(function: Callable[..., object], *inputs: Tensor, decomposed: bool = False) -> fx.GraphModule:
+    recorded = make_fx(function, select_decomp_table() if decomposed else {}, tracing_mode="fake")(*inputs)
     recorded.graph.eliminate_dead_code()
     return recorded
 
@@ -110,6 +115,84 @@ def test_a_norm_without_weight_is_none() -> None:
     recorded = graph_of(lambda x: normalized(x), X)
     (result,) = recorded.graph.output_node().all_input_nodes
     assert match_norm(result) is None
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+BOTH = 3 * torch.randn(2, 1, 2 * FEATURES, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "gated"),
+    [
+        (Activation.SILU, lambda gate, up: functional.silu(gate) * up),
+        (Activation.SILU, lambda gate, up: up * functional.silu(gate)),
+        (Activation.GELU_TANH, lambda gate, up: gelu_tanh(gate) * up),
+        (Activation.SILU, lambda gate, up: functional.silu(gate) * gelu_tanh(up)),
+    ],
+    ids=["silu", "silu last", "gelu", "both factors"],
+)
+def test_gates_are_computed_as_before(kind: Activation, gated: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Bit for bit what the graph gives operator by operator, gate and up being halves of one product."""
+    both = BOTH.to(dtype)
+    recorded = graph_of(lambda y, s: rotated(gated(*y.chunk(2, -1)), s), both, SIGNS, decomposed=True)
+    expected = recorded(both, SIGNS)
+    assert fuse_gates(recorded.graph) == (1, [])
+    recorded.recompile()
+    assert targets(recorded) == ["gated_operand"]
+    (node,) = (node for node in recorded.graph.nodes if "gated_operand" in str(node.target))
+    assert node.args[2] == kind.value and "split" in str(node.args[0].args[0].target), "gate is read where it lies"
+    assert all(torch.equal(*pair) for pair in zip(recorded(both, SIGNS), expected, strict=True))
+
+
+def silu_twice(gate: Tensor, up: Tensor, signs: Tensor) -> tuple[Tensor, ...]:
+    product = functional.silu(gate) * up
+    return (*rotated(product, signs), product + 1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "function"),
+    [
+        ("the product is read by add", silu_twice),
+        ("neither factor is an activation", lambda gate, up, s: rotated(functional.relu(gate) * up, s)),
+        ("neither factor is an activation", lambda gate, up, s: rotated(functional.gelu(gate) * up, s)),
+        ("neither factor is an activation", lambda gate, up, s: rotated((gate * torch.sigmoid(gate)).neg() * up, s)),
+        ("bfloat16, torch.float32, torch.float32; required one", lambda g, up, s: rotated(functional.silu(g.bfloat16()) * up, s)),
+        ("computes the signs", lambda gate, up, s: rotated(functional.silu(gate) * up, s + 1)),
+        ("a row of 2 blocks", lambda gate, up, s: torch.ops.qpc.rotate_operand(functional.silu(gate) * up, s, 16)),
+        (None, lambda gate, up, s: rotated(functional.silu(gate), s)),
+        (None, lambda gate, up, s: rotated(functional.silu(gate) * 2, s)),
+        (None, lambda gate, up, s: rotated(functional.silu(gate) * up[:1], s)),
+        (None, lambda gate, up, s: (functional.silu(gate) * up,)),
+    ],
+)
+def test_gates_that_are_left_alone_say_why(reason: str | None, function: Callable[..., object]) -> None:
+    recorded = graph_of(function, *BOTH.chunk(2, -1), SIGNS, decomposed=True)
+    before = str(recorded.graph)
+    fused, remarks = fuse_gates(recorded.graph)
+    assert fused == 0 and str(recorded.graph) == before
+    assert [reason in str(remark) for remark in remarks] == ([True] if reason is not None else []), remarks
+
+
+def test_the_hook_tells_what_was_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    recorded = graph_of(silu_twice, *BOTH.chunk(2, -1), SIGNS, decomposed=True)
+    with caplog.at_level("INFO", logger="qpc.inductor"):
+        GraphPass()(recorded.graph)
+    assert [record.getMessage() for record in caplog.records] == ["gates: mul: the product is read by add_1 too"]
+
+
+def test_an_activation_reads_one_value() -> None:
+    """`x / (1 + exp(-y))` is none, though it is spelled as one."""
+    recorded = graph_of(lambda x, y: (functional.silu(x), x), X, X, decomposed=True)
+    result, x = recorded.graph.output_node().args[0]
+    assert match_activation(result) == (Activation.SILU, x)
+    other = next(node for node in recorded.graph.nodes if node.op == "placeholder" and node is not x)
+    reader = next(node for node in recorded.graph.nodes if x in node.args)
+    reader.replace_input_with(x, other)
+    assert match_activation(result) is None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
