@@ -1,5 +1,6 @@
 """Gated activations into the operator that rotates their product into an operand."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,19 @@ from qpc.inductor.nodes import aten, call, is_call, is_constant, results
 from qpc.ir.program import Remark
 from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
 from qpc.kernels.gate import Activation
+from qpc.kernels.ops import ACTIVATION_DTYPES
 from qpc.kernels.select import Implementation, supports_one_launch
 
 ROTATE = torch.ops.qpc.rotate_operand.default
+
+
+@dataclass(frozen=True)
+class Gated:
+    """`activation(gate) * up`, as nodes."""
+
+    activation: Activation
+    gate: fx.Node
+    up: fx.Node
 
 
 def fuse_gates(graph: fx.Graph) -> tuple[int, list[Remark]]:
@@ -26,12 +37,12 @@ def fuse_gates(graph: fx.Graph) -> tuple[int, list[Remark]]:
     for rotation in list(graph.nodes):
         if not is_call(rotation, ROTATE) or not _is_product(rotation.args[0]):
             continue
-        reason = _obstacle(rotation)
-        if reason is None:
-            _fuse(graph, rotation)
+        found = _gated(rotation)
+        if isinstance(found, Gated):
+            _fuse(graph, rotation, found)
             fused += 1
         else:
-            remarks.append(Remark("gates", rotation.args[0].name, reason))
+            remarks.append(Remark("gates", rotation.args[0].name, found))
     if fused:
         graph.eliminate_dead_code()
     return fused, remarks
@@ -39,17 +50,17 @@ def fuse_gates(graph: fx.Graph) -> tuple[int, list[Remark]]:
 
 def match_activation(node: fx.Node) -> tuple[Activation, fx.Node] | None:
     """The activation that a node is the result of, and of what, as Inductor spells it; None if it is none that a kernel knows."""
-    value = node.meta["val"]
-    for activation in Activation:
+    dtype = node.meta["val"].dtype
+    for activation in Activation if dtype in ACTIVATION_DTYPES else ():
         found: dict[fx.Node, fx.Node] = {}
-        if value.is_floating_point() and _is_alike(node, _pattern(activation, value.dtype), found):
-            ((_, gate),) = found.items()
-            return (activation, gate) if gate.meta["val"].dtype == value.dtype else None
+        if _is_alike(node, _pattern(activation, dtype), found):
+            (gate,) = found.values()
+            return (activation, gate) if gate.meta["val"].dtype == dtype else None
     return None
 
 
-def _obstacle(rotation: fx.Node) -> str | None:
-    """Why the product that a rotation reads does not go into it."""
+def _gated(rotation: fx.Node) -> Gated | str:
+    """The product that a rotation reads, or why it does not go into the rotation."""
     product, signs, block = rotation.args
     assert isinstance(product, fx.Node) and isinstance(block, int)
     gated = _match_gated(product)
@@ -58,24 +69,19 @@ def _obstacle(rotation: fx.Node) -> str | None:
     others = [user.name for user in product.users if user.target is not ROTATE]
     if others:
         return f"the product is read by {', '.join(others)} too"
-    values = [node.meta["val"] for node in (*gated[1:], product)]
+    values = [node.meta["val"] for node in (gated.gate, gated.up, product)]
     if any(value.dtype != values[0].dtype for value in values):
         return f"gate, up and product are {', '.join(str(value.dtype) for value in values)}; required one dtype"
     if not is_constant(signs):
         return "the graph computes the signs of the rotation"
     found = supports_one_launch(int(values[2].shape[-1]), block)
-    return None if found.implementation is Implementation.TRITON else found.reason
+    return gated if found.implementation is Implementation.TRITON else found.reason
 
 
-def _fuse(graph: fx.Graph, rotation: fx.Node) -> None:
-    product, signs, block = rotation.args
-    assert isinstance(product, fx.Node)
-    gated = _match_gated(product)
-    assert gated is not None
-    activation, gate, up = gated
+def _fuse(graph: fx.Graph, rotation: fx.Node, gated: Gated) -> None:
     with graph.inserting_before(rotation):
-        operator = call(graph, torch.ops.qpc.gated_operand.default, gate, up, activation.value, signs, block)
-        operand = results(graph, operator, 2)
+        arguments = (gated.gate, gated.up, gated.activation.value, *rotation.args[1:])
+        operand = results(graph, call(graph, torch.ops.qpc.gated_operand.default, *arguments), 2)
     for user in list(rotation.users):
         user.replace_all_uses_with(operand[user.args[1]])  # type: ignore[index]
         graph.erase_node(user)
@@ -89,13 +95,13 @@ def _is_product(node: Any) -> bool:
     return all(isinstance(each.meta["val"], Tensor) and each.meta["val"].shape == node.meta["val"].shape for each in node.args)
 
 
-def _match_gated(product: fx.Node) -> tuple[Activation, fx.Node, fx.Node] | None:
+def _match_gated(product: fx.Node) -> Gated | None:
     """Activation, gate and up of a product."""
     for factor, up in (product.args, product.args[::-1]):
         assert isinstance(factor, fx.Node) and isinstance(up, fx.Node)
         found = match_activation(factor)
         if found is not None:
-            return *found, up
+            return Gated(*found, up)
     return None
 
 

@@ -14,7 +14,10 @@ from qpc.inductor.merge import merge_equal
 from qpc.inductor.norms import fuse_norms
 from qpc.inductor.ropes import fuse_ropes
 
-FILES = tuple(str(Path(__file__).with_name(name)) for name in ("gates.py", "hook.py", "merge.py", "nodes.py", "norms.py", "ropes.py"))
+FILES = (
+    *(str(Path(__file__).with_name(name)) for name in ("gates.py", "hook.py", "merge.py", "nodes.py", "norms.py", "ropes.py")),
+    *(str(Path(__file__).parent.with_name("kernels") / name) for name in ("gate.py", "select.py")),
+)
 
 _LOG = logging.getLogger("qpc.inductor")
 

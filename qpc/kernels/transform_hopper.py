@@ -34,7 +34,8 @@ GATED_WARPS = 4
 """Of a program with a gated activation, if it can: fewer leave some of the special function units of their multiprocessor idle."""
 
 MAX_HELD = 96
-"""Registers of a thread for what it loads before it waits: pairs of values of all rows, and of as many weights of a norm."""
+"""Registers of a thread for what it loads before it waits: pairs of values of all rows, and of as many weights of a norm. What is gated is
+not counted: it comes after the wait, later where registers are short."""
 
 MAX_ENTRIES = 112
 """Registers of a thread for the entries of the outer factor."""

@@ -35,18 +35,21 @@ class Front(Enum):
 
 
 GATES = {Front.SILU: Activation.SILU, Front.GELU_TANH: Activation.GELU_TANH}
+FRONTS = tuple(front for front in Front if front is not Front.GELU_TANH)
+"""One gated activation among them: the other takes the same way."""
 
 
 @dataclass(frozen=True)
 class OperandSizes:
     """How much is compared: every combination, and of `weights` each by itself.
 
-    rotations: features and block. plain: features of one block, by the plain kernel wherever another is chosen. packed: features.
-    weights: out_features, in_features, step bits of the parts.
+    rotations: features and block. plain: features of one block, by the plain kernel wherever another is chosen. fronts: what lies in front
+    of both. packed: features. weights: out_features, in_features, step bits of the parts.
     """
 
     rotations: tuple[tuple[int, int], ...] = ()
     plain: tuple[int, ...] = ()
+    fronts: tuple[Front, ...] = FRONTS
     packed: tuple[int, ...] = ()
     weights: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     batches: tuple[int, ...] = (1, 2, 3, 5, 8, 13, 16)
@@ -57,7 +60,7 @@ SMALL = (
     OperandSizes(
         rotations=((7, 1), (48, 12), (96, 32), (64, 64), (576, 576)), packed=(1, 50, 2100), batches=(1, 3), dtypes=(torch.float32,)
     ),
-    OperandSizes(rotations=((64, 64), (96, 32)), batches=(2,), dtypes=(torch.float16,)),
+    OperandSizes(rotations=((64, 64), (96, 32)), fronts=tuple(GATES), batches=(1, 2), dtypes=(torch.float16,)),
 )
 
 WIDTHS = (128, 576, 1024, 1536, 2560, 4096, 5120, 8192, 14336, 16384, 28672)
@@ -65,13 +68,20 @@ WIDTHS = (128, 576, 1024, 1536, 2560, 4096, 5120, 8192, 14336, 16384, 28672)
 
 LARGE = (
     OperandSizes(
-        rotations=(*((width, width) for width in WIDTHS), *((width, block_size(width)) for width in (50, 11008)), (4096, 256)),
+        rotations=(
+            *((width, width) for width in (*WIDTHS, 9216, 12288)),
+            *((width, block_size(width)) for width in (50, 11008)),
+            (4096, 256),
+        ),
         plain=(576, 4096, 14336),
         packed=(1, 37, 576, 14336),
         weights=(
             *((100, 1000, bits) for bits in ((2,), (3,), (5,), (8,), (11,), (4, 5), (7, 6), (12, 3))),
             *((out_features, in_features, (6,)) for out_features, in_features in ((16, 16), (64, 7), (1000, 4096), (4096, 14336))),
         ),
+    ),
+    OperandSizes(
+        rotations=((11008, block_size(11008)), *((width, width) for width in (9216, 14336, 16384))), plain=(576,), fronts=(Front.GELU_TANH,)
     ),
 )
 
@@ -80,7 +90,7 @@ def operand_cases(groups: tuple[OperandSizes, ...]) -> Iterator[tuple[str, Check
     """Every comparison with its name, which has "operand" in it; a check takes the device and raises `AssertionError`."""
     for sizes in groups:
         for dtype in sizes.dtypes:
-            for front in Front:
+            for front in sizes.fronts:
                 for features, block in sizes.rotations:
                     name = f"operand {front.value} {features} in blocks of {block} {dtype}"
                     yield name, partial(_check_rotations, features, block, dtype, front, sizes.batches, None)
