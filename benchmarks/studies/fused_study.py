@@ -30,7 +30,7 @@ from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.kernels.warpgroup import Product, in_cores
 from qpc.quant.palette import Effort, trellis_at
 
-CUTS = ((2, 2), (2, 4), (4, 2), (4, 4))
+CUTS = ((2, 2), (2, 4), (2, 8), (4, 2), (4, 4))
 """Warpgroups of a program and column blocks of a turn of one."""
 
 PARTS = 4

@@ -106,7 +106,8 @@ class Plan:
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. programs: for each part of the weight.
     chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
-    registers: of a thread at most. product: `Product.WGMMA` for operands in its own order only, and never by default: it was never timed.
+    registers: of a thread at most. product: `Product.WGMMA` takes an operand in its own order. Neither it nor another finish is chosen
+    before it was timed.
     """
 
     warpgroups: int

@@ -10,7 +10,8 @@ multiprocessor, and the next kernel's programs start beside it. The operand (`qp
 which is under way while another is read.
 A lane reads its 16 windows from shared memory, multiplies each to words (`qpc.quant.codebook`), and these go as they are from registers to
 `mma`: the four words of four windows are its fragment of 16 rows. Sums are exact in int32, rows stay in their warps, and float32 begins
-where the limbs are put together. (`wgmma` was not faster: `benchmarks/results/nvidia-h100/KERNELS.md`.)
+where the limbs are put together. (`wgmma` was not faster for few rows: `benchmarks/results/nvidia-h100/KERNELS.md`. `qpc.kernels.warpgroup`
+is for more.)
 
 Programs that share rows leave their sums in a workspace; the last of them in the order of the grid waits for each value, adds them in that
 order, and frees the places again. A place that is free holds a NaN which no sum is. A program takes its last group first, so that sums for
@@ -337,8 +338,9 @@ def fused_kernel(
 ):  # fmt: skip
     """The first `programs_0` programs have the first part, the others the second, if there is one.
 
-    operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows. workspace: float32 NaNs with all bits set, which it is again at the end,
-    `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight.
+    operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows, or for BY_WARPGROUP as `in_cores` does. workspace: float32 NaNs with all
+    bits set, which it is again at the end, `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight. FINISH_ROWS:
+    the value of a `Finish`.
     """
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
     gdc_launch_dependents()
