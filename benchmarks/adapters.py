@@ -1,6 +1,7 @@
 """How the benchmarks call what they time: one place to change when a kernel does."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -8,12 +9,34 @@ from torch import Tensor
 
 from benchmarks.weights import RandomWeight
 from qpc.kernels import fused, gpu, operand_ops, ops
+from qpc.kernels.fused import Finish
 from qpc.kernels.gate import Activation
-from qpc.kernels.operand import pack_operand
+from qpc.kernels.operand import operand_rows, pack_operand
+from qpc.kernels.warpgroup import ROWS, Product, in_cores
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.rotation import Rotation
 
 Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of multiplying on integer tensor cores; by default the one that the operators take."""
+
+    product: Product = Product.MMA
+    finish: Finish = Finish.BY_FOUR
+
+    def takes(self, batch: int) -> bool:
+        """Whether it multiplies so many rows."""
+        return self.product is Product.MMA or operand_rows(batch) in ROWS
+
+    @property
+    def columns(self) -> dict[str, str | int]:
+        """Columns of a row of results, none for the default."""
+        return {} if self == DEFAULT else {"product": str(self.product), "finish_rows": self.finish.value}
+
+
+DEFAULT = Variant()
 
 
 def reads_operand(parts: Sequence[UniformQuantizer], x: Tensor) -> bool:
@@ -21,15 +44,19 @@ def reads_operand(parts: Sequence[UniformQuantizer], x: Tensor) -> bool:
     return fused.supports(parts, len(x), x.dtype, x.device).implementation is not None
 
 
-def multiplications(weights: list[RandomWeight], x: Tensor) -> list[Call]:
+def multiplications(weights: list[RandomWeight], x: Tensor, variant: Variant = DEFAULT) -> list[Call]:
     """One product `x @ w.T` for each weight, [batch, out_features] in the dtype of x, with whatever x becomes made beforehand.
 
-    x: [batch, in_features], already rotated.
+    x: [batch, in_features], already rotated. All weights have the shape and the quantizer of the first.
     """
     if reads_operand(weights[0].parts, x):
         words, scales = pack_operand(x)
+        cut = fused.plan_of(list(weights[0].codes), weights[0].parts, words.shape[1], x.device)
+        cut = replace(cut, product=variant.product, finish=variant.finish)
+        words = in_cores(words) if variant.product is Product.WGMMA else words
         return [
-            partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype) for w in weights
+            partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype, cut)
+            for w in weights
         ]
     return [partial(gpu.linear, x, list(w.codes), w.scales, None, list(w.parts), w.out_features) for w in weights]
 

@@ -1,5 +1,7 @@
 """Compare the Triton kernels with their oracles on the GPU of this machine: `python -m benchmarks check [--quick] [--only TEXT]`.
 
+With `--product wgmma` those are compared instead that no plan chooses yet.
+
 Nearly all of the time goes into compiling kernels, so the comparisons are dealt out to several processes. No pytest needed.
 """
 
@@ -15,7 +17,8 @@ import torch
 
 from benchmarks.rows import BenchmarkError
 from benchmarks.timing import require_gpu
-from tests.kernels import attention_cases, large_batch_cases
+from qpc.kernels.warpgroup import Product
+from tests.kernels import attention_cases, large_batch_cases, warpgroup_cases
 from tests.kernels.cases import FULL, SMALL, Check, cases
 
 MOST_WORKERS = 12
@@ -30,15 +33,17 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few sizes")
     parser.add_argument("--only", default="", metavar="TEXT", help="comparisons with this in their name, e.g. 'bit for bit'")
+    products = [str(each) for each in Product]
+    parser.add_argument("--product", choices=products, default=str(Product.MMA), help="wgmma: only variants that no plan chooses")
     parser.add_argument(
         "--workers", type=int, default=min(MOST_WORKERS, os.cpu_count() or 1), help="processes (default: one for each core, at most 12)"
     )
     options = parser.parse_args(arguments)
     require_gpu()
     started_s, count, failed = time.monotonic(), 0, 0
-    shares = SHARES * options.workers
+    shares, product = SHARES * options.workers, Product(options.product)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(_run_share, options.quick, options.only, first, shares) for first in range(shares)]
+        tasks = [pool.submit(_run_share, product, options.quick, options.only, first, shares) for first in range(shares)]
         for done, task in enumerate(as_completed(tasks), 1):
             ran, failures = task.result()
             count, failed = count + ran, failed + len(failures)
@@ -53,17 +58,19 @@ def main(arguments: list[str]) -> None:
         raise BenchmarkError(f"no comparison has {options.only!r} in its name")
 
 
-def _selected(quick: bool, only: str) -> Iterator[tuple[str, Check]]:
+def _selected(product: Product, quick: bool, only: str) -> Iterator[tuple[str, Check]]:
     """The comparisons that were asked for."""
+    if product is Product.WGMMA:
+        return ((name, comparison) for name, comparison in warpgroup_cases.cases(quick) if only in name)
     every = chain(cases(SMALL if quick else FULL), large_batch_cases.cases(quick), attention_cases.cases(quick))
     return ((name, comparison) for name, comparison in every if only in name)
 
 
-def _run_share(quick: bool, only: str, first: int, step: int) -> tuple[int, list[str]]:
+def _run_share(product: Product, quick: bool, only: str, first: int, step: int) -> tuple[int, list[str]]:
     """Every `step`-th comparison from `first` on: how many there were, and a line for each that failed."""
     torch.manual_seed(0)
     count, failures = 0, []
-    for name, comparison in islice(_selected(quick, only), first, None, step):
+    for name, comparison in islice(_selected(product, quick, only), first, None, step):
         count += 1
         try:
             comparison("cuda")

@@ -5,16 +5,17 @@ preset, rate, batch, out_features, in_features; us, us_p20, us_p80 of one multip
 where integer tensor cores multiply); bytes of codes and scales; bandwidth_share, these bytes over the time and the read bandwidth;
 max_rel_error, as `timing.relative_error` defines it; bf16_us of `F.linear`, int4_us of PyTorch's int4 product, and one column for each
 other library that is installed (`benchmarks.baselines`). At the end the sums over the four linears of a decoder layer, and how many times
-faster than bf16 they are. Under four minutes; --quick (four rates, batches up to 8, two baselines) under two.
+faster than bf16 they are. Under four minutes; --quick (four rates, batches up to 8, two baselines) under two. --product and --finish-rows
+measure another variant of the multiplication at the four rates, and have columns of their own then.
 """
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from benchmarks.adapters import multiplications
+from benchmarks.adapters import DEFAULT, Variant, multiplications
 from benchmarks.baselines import BF16, INT4, OTHERS, Baseline, baseline_columns
-from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, vector
+from benchmarks.plan import Run, Subject, compile_ahead, failure, options_of, require_all, scalar, trellis, variant_of, vector
 from benchmarks.summary import layer_table, shape_of
 from benchmarks.timing import EXACT, check, copies_for, time_calls
 from benchmarks.weights import SHAPES, Shape, activations, label, random_weights, weight_bytes
@@ -30,13 +31,15 @@ OTHER_RATES = (3, 4, 2)
 
 def main(arguments: list[str]) -> None:
     """Compile, check, time, print the sums of a decoder layer."""
-    options = options_of("kernels", __doc__, arguments, budget_s=225, quick_budget_s=110, draws=True)
+    options = options_of("kernels", __doc__, arguments, budget_s=225, quick_budget_s=110, draws=True, varies=True)
+    variant = variant_of(options)
     run = Run.begin("kernels", options.json, options.budget_s)
-    subjects = trellis(*QUICK_RATES) if options.quick else (*trellis(*RATES), *scalar(*OTHER_RATES), *vector(*OTHER_RATES))
-    batches = QUICK_BATCHES if options.quick else BATCHES
+    every = (*trellis(*RATES), *scalar(*OTHER_RATES), *vector(*OTHER_RATES))
+    subjects = trellis(*QUICK_RATES) if options.quick or variant != DEFAULT else every
+    batches = tuple(batch for batch in (QUICK_BATCHES if options.quick else BATCHES) if variant.takes(batch))
     baselines = (BF16, INT4) if options.quick else (BF16, INT4, *OTHERS)
-    compile_ahead([(subject.quantizer, SHAPES, batch) for batch in batches for subject in subjects])
-    rows = run.record(measure(run, subjects, SHAPES, batches, baselines), show)
+    compile_ahead([(subject.quantizer, SHAPES, batch) for batch in batches for subject in subjects], variant)
+    rows = run.record(measure(run, subjects, SHAPES, batches, baselines, variant), show)
     print("\n".join(layer_table(rows)), flush=True)
     if options.plot is not None:
         from benchmarks.plot_kernels import draw
@@ -46,7 +49,12 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    run: Run, subjects: Sequence[Subject], shapes: Sequence[Shape], batches: Sequence[int], baselines: Sequence[Baseline]
+    run: Run,
+    subjects: Sequence[Subject],
+    shapes: Sequence[Shape],
+    batches: Sequence[int],
+    baselines: Sequence[Baseline],
+    variant: Variant = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
     """One row for each quantizer, shape and batch, in this order; a failure is a row too."""
     for subject in subjects:
@@ -56,9 +64,9 @@ def measure(
             inputs = activations(max(batches), shape[1], run.device)
             expected = weights[0].product(inputs)
             for batch in batches:
-                row = {**subject.row, "batch": batch, "out_features": shape[0], "in_features": shape[1], "bytes": nbytes}
+                row = {**subject.row, **variant.columns, "batch": batch, "out_features": shape[0], "in_features": shape[1], "bytes": nbytes}
                 try:
-                    calls = multiplications(weights, inputs[:batch])
+                    calls = multiplications(weights, inputs[:batch], variant)
                     proof = check(calls[0], expected[:batch], EXACT)
                     timing = time_calls(calls, proof)
                     again = check(calls[0], expected[:batch], EXACT)  # thousands of launches later

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.adapters import multiplications
+from benchmarks.adapters import DEFAULT, Variant, multiplications
 from benchmarks.rows import BenchmarkError, write_rows
 from benchmarks.timing import Card, measure_card, require_gpu
 from benchmarks.weights import Shape, activations, random_weights
+from qpc.kernels.fused import Finish
+from qpc.kernels.warpgroup import Product
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.quantizer import Quantizer
 from qpc.quant.scalar import ScalarQuantizer
@@ -61,11 +63,19 @@ def vector(*rates: int) -> tuple[Subject, ...]:
 
 
 def options_of(
-    name: str, text: str | None, arguments: list[str], budget_s: float, quick_budget_s: float, draws: bool = False, predicts: bool = False
+    name: str,
+    text: str | None,
+    arguments: list[str],
+    budget_s: float,
+    quick_budget_s: float,
+    draws: bool = False,
+    predicts: bool = False,
+    varies: bool = False,
 ) -> argparse.Namespace:
     """The options that every GPU benchmark takes.
 
-    budget_s, quick_budget_s: what --budget-s is unless it is given. draws: whether there is a --plot; predicts: a --profile.
+    budget_s, quick_budget_s: what --budget-s is unless it is given. draws: whether there is a --plot; predicts: a --profile; varies:
+    what `add_variant` adds.
     """
     parser = argparse.ArgumentParser(f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, after each of them")
@@ -74,6 +84,8 @@ def options_of(
     if predicts:
         parser.add_argument("--profile", type=Path, metavar="FILE", help="latency table that predicts (what qpc knows of this GPU)")
         parser.add_argument("--again", type=Path, metavar="FILE", help="predict what this file has measured, without a GPU")
+    if varies:
+        add_variant(parser)
     parser.add_argument("--quick", action="store_true", help="only the rows that tell most")
     default = f"start no measurement after this many seconds ({budget_s:g}, quick: {quick_budget_s:g})"
     parser.add_argument("--budget-s", type=float, metavar="S", help=default)
@@ -81,6 +93,19 @@ def options_of(
     if options.budget_s is None:
         options.budget_s = quick_budget_s if options.quick else budget_s
     return options
+
+
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """Options of what multiplies on integer tensor cores."""
+    products, finishes = [str(each) for each in Product], [each.value for each in Finish]
+    parser.add_argument("--product", choices=products, default=str(DEFAULT.product), help="instruction that multiplies (%(default)s)")
+    text = "rows of the batch whose sums are put together at a time (%(default)s)"
+    parser.add_argument("--finish-rows", type=int, choices=finishes, default=DEFAULT.finish.value, help=text)
+
+
+def variant_of(options: argparse.Namespace) -> Variant:
+    """What the options of `add_variant` ask for."""
+    return Variant(Product(options.product), Finish(options.finish_rows))
 
 
 @dataclass(frozen=True)
@@ -123,7 +148,7 @@ class Run:
         return rows
 
 
-def compile_ahead(jobs: Sequence[tuple[Quantizer, tuple[Shape, ...], int]]) -> None:
+def compile_ahead(jobs: Sequence[tuple[Quantizer, tuple[Shape, ...], int]], variant: Variant = DEFAULT) -> None:
     """Run each job once in processes of their own, so that Triton's cache on disk holds their kernels. jobs: quantizer, shapes, batch.
 
     Jobs that fail here fail again where it is reported.
@@ -131,19 +156,19 @@ def compile_ahead(jobs: Sequence[tuple[Quantizer, tuple[Shape, ...], int]]) -> N
     started_s = time.monotonic()
     workers = max(1, min(MAX_WORKERS, len(jobs), (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_once, *job) for job in jobs]
+        futures = [pool.submit(run_once, *job, variant) for job in jobs]
         failed = [error for future in futures if (error := future.exception()) is not None]
     print(f"{len(jobs)} kinds of launches compiled in {time.monotonic() - started_s:.0f} s, {len(failed)} failed", flush=True)
     for error in failed[:3]:
         print(f"  {type(error).__name__}: {str(error)[-300:]}", file=sys.stderr, flush=True)
 
 
-def run_once(quantizer: Quantizer, shapes: tuple[Shape, ...], batch: int) -> None:
+def run_once(quantizer: Quantizer, shapes: tuple[Shape, ...], batch: int, variant: Variant = DEFAULT) -> None:
     """Multiply once by a weight of each shape."""
     device = torch.device("cuda")
     for shape in shapes:
         weights = random_weights(quantizer, shape, 1, device)
-        multiplications(weights, activations(batch, shape[1], device))[0]()
+        multiplications(weights, activations(batch, shape[1], device), variant)[0]()
     torch.cuda.synchronize()
 
 

@@ -8,14 +8,17 @@ Equal input gives equal output.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from qpc.errors import KernelError
 from qpc.kernels import workspaces
 from qpc.kernels.launch import MAX_BATCH, MAX_PARTS, processors
 from qpc.kernels.select import Implementation, Support
+from qpc.kernels.warpgroup import ROWS, Product
 from qpc.quant.codebook import SCALE, hash_words
 from qpc.quant.quantizer import UniformQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -86,13 +89,25 @@ def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dt
     return Support(Implementation.TRITON, "integer tensor cores")
 
 
+class Finish(Enum):
+    """How programs put their sums together: for how many rows of the batch at a time, and whether the lanes of a warp wait for each other.
+
+    TOGETHER has half as many rounds of waiting for more than four rows, and fewer instructions in the loop that multiplies
+    (`fused_ptx.poll`). It was never timed.
+    """
+
+    BY_FOUR = 4
+    TOGETHER = 8
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one multiplication is cut.
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. programs: for each part of the weight.
     chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
-    registers: of a thread at most.
+    registers: of a thread at most. product: `Product.WGMMA` takes an operand in its own order. Neither it nor another finish is chosen
+    before it was timed.
     """
 
     warpgroups: int
@@ -101,6 +116,8 @@ class Plan:
     chunk_bytes: int
     stages: int
     registers: int
+    product: Product = Product.MMA
+    finish: Finish = Finish.BY_FOUR
 
     @property
     def turn(self) -> int:
@@ -169,6 +186,20 @@ def cut_for(
     return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)
 
 
+def plan_of(codes: list[Tensor], quantizers: Sequence[UniformQuantizer], operand_rows: int, device: torch.device) -> Plan:
+    """The plan of a weight on a GPU."""
+    packed, parts = _present(codes, quantizers)
+    widths, words = tuple(code.shape[1] for code in packed), tuple(map(words_of, parts))
+    return plan(codes[0].shape[0], widths, words, operand_rows, processors(device))
+
+
+def _present(codes: list[Tensor], quantizers: Sequence[UniformQuantizer]) -> tuple[list[Tensor], list[TrellisQuantizer]]:
+    """The parts that have columns."""
+    parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
+    present = [index for index, code in enumerate(codes) if code.shape[1]]
+    return [codes[index].contiguous() for index in present], [parts[index] for index in present]
+
+
 @cache
 def most_places(groups: int, turns: tuple[int, ...], programs: tuple[int, ...]) -> int:
     """Programs that have sums for one group, at most."""
@@ -188,15 +219,16 @@ def head_bytes(warpgroups: int, stages: int) -> int:
     return -(-(OPERAND_BARRIER_BYTES + 32 * int(warpgroups) * int(stages)) // 128) * 128
 
 
-def exchange_bytes(warpgroups: int, operand_rows: int) -> int:
-    """Shared memory in which warpgroups exchange their sums, for four rows of the batch at a time."""
-    return int(warpgroups) * min(4, int(operand_rows)) * EXCHANGE_STRIDE * 4
+def exchange_bytes(warpgroups: int, operand_rows: int, rows: int) -> int:
+    """Shared memory in which warpgroups exchange their sums, for so many rows of the batch at a time."""
+    return int(warpgroups) * min(int(rows), int(operand_rows)) * EXCHANGE_STRIDE * 4
 
 
 def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
     """Shared memory of a program."""
     rings = 4 * cut.warpgroups * cut.stages * cut.depth * 64 * step_bits
-    return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange_bytes(cut.warpgroups, operand_rows) + rings
+    exchange = exchange_bytes(cut.warpgroups, operand_rows, cut.finish.value)
+    return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange + rings
 
 
 def words_of(quantizer: TrellisQuantizer) -> int:
@@ -218,20 +250,20 @@ def multiply(
     """`x @ w.T + bias` for an operand and a weight that `supports` says yes to: [batch, out_features] of `dtype`.
 
     words, activation_scales: the operand, for all block columns of the weight. codes, scales, bias: as the linear operators take them.
-    cut: by default what `plan` says.
+    cut: by default what `plan` says. Raises `KernelError` where the operand is not in the order of its product.
     """
     from qpc.kernels.fused_hopper import fused_kernel
 
     batch, rows, device = len(activation_scales), codes[0].shape[0], words.device
-    parts = [quantizer for quantizer in quantizers if isinstance(quantizer, TrellisQuantizer)]
-    present = [index for index, code in enumerate(codes) if code.shape[1]]
-    parts, packed = [parts[index] for index in present], [codes[index].contiguous() for index in present]
-    widths = tuple(code.shape[1] for code in packed)
-    cut = cut or plan(rows, widths, tuple(map(words_of, parts)), words.shape[1], processors(device))
+    operand_rows = words.shape[3 if cut and cut.product is Product.WGMMA else 1]
+    cut = cut or plan_of(codes, quantizers, operand_rows, device)
+    _check_order(words, operand_rows, cut.product)
+    packed, parts = _present(codes, quantizers)
+    widths = [code.shape[1] for code in packed]
     out = torch.empty((batch, out_features), dtype=dtype, device=device)
     turns = [width // cut.turn for width in widths]
     most = most_places(-(-rows // 4), tuple(turns), cut.programs)
-    workspace = workspaces.take(-(-rows // 4) * most * GROUP_ROWS * words.shape[1], device)
+    workspace = workspaces.take(-(-rows // 4) * most * GROUP_ROWS * operand_rows, device)
     two = len(parts) > 1
     fused_kernel[(sum(cut.programs),)](
         words, activation_scales, packed[0], packed[-1], scales.contiguous(), bias, out, workspace,
@@ -239,7 +271,17 @@ def multiply(
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=words.shape[1], HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups,
+        OPERAND_ROWS=operand_rows, HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, BY_WARPGROUP=cut.product is Product.WGMMA,
+        FINISH_ROWS=cut.finish.value,
         num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out
+
+
+def _check_order(words: Tensor, operand_rows: int, product: Product) -> None:
+    """Raise `KernelError` unless an operand is in the order of a product, and of as many rows as that takes."""
+    order = (2, 2, operand_rows, 2, 4) if product is Product.WGMMA else (operand_rows, 2, 4, 2, 2)
+    if tuple(words.shape[1:]) != order:
+        raise KernelError(f"operand: words are {tuple(words.shape)}, required (column_blocks, {', '.join(map(str, order))}) for {product}")
+    if product is Product.WGMMA and operand_rows not in ROWS:
+        raise KernelError(f"operand: {operand_rows=} must be one of {ROWS} for {product}: use {Product.MMA}")

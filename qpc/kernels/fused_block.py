@@ -6,10 +6,13 @@ from triton.experimental import gluon  # type: ignore[import-untyped]
 from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
 
 from qpc.kernels.fused_ptx import multiply, multiply_constraints, types
+from qpc.kernels.warpgroup import WAIT_FOR_PRODUCTS, issue, issue_constraints, wait_constraints
 from qpc.quant.codebook import MULTIPLIERS, START, hash_words
 
 _START, _MULTIPLIERS = gl.constexpr(START), gl.constexpr(MULTIPLIERS)
 _multiply, _multiply_constraints = gluon.constexpr_function(multiply), gluon.constexpr_function(multiply_constraints)
+_issue, _issue_constraints = gluon.constexpr_function(issue), gluon.constexpr_function(issue_constraints)
+_wait_constraints, _WAIT_FOR_PRODUCTS = gluon.constexpr_function(wait_constraints), gl.constexpr(WAIT_FOR_PRODUCTS)
 _types, _hash_words = gluon.constexpr_function(types), gluon.constexpr_function(hash_words)
 
 
@@ -102,3 +105,38 @@ def add_block(sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.con
             registers += (each[0][index], each[1][index], each[2][index], each[3][index])
         made += gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers + activation, _types(4 * TILES), is_pure=True, pack=1)
     return made
+
+
+@gluon.jit
+def _issue_half(registers, TILES: gl.constexpr, WORDS: gl.constexpr, HALF: gl.constexpr):
+    """The sums; registers: as `qpc.kernels.warpgroup.issue` takes them."""
+    TEXT: gl.constexpr = _issue(TILES, WORDS, HALF)
+    CONSTRAINTS: gl.constexpr = _issue_constraints(TILES, WORDS)
+    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, registers, _types(16 * TILES), is_pure=False, pack=1)
+
+
+@gluon.jit
+def issue_block(
+    sums, words, operand, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, TILES: gl.constexpr, OPERAND_ROWS: gl.constexpr
+):  # fmt: skip
+    """The same by `qpc.kernels.warpgroup`, operand a descriptor. The products of the second half are under way at the end."""
+    WORDS: gl.constexpr = _hash_words(STEP_BITS, WINDOW_BITS)
+    described = (operand,)
+    if WORDS == 2:
+        described += (operand + 4 * OPERAND_ROWS,)
+    for half in gl.static_range(2):
+        hashed = ()
+        for quarter in gl.static_range(2 * half, 2 * half + 2):
+            each = ()
+            for step in gl.static_range(4 * quarter, 4 * quarter + 4):
+                each += (_hash(words, STEP_BITS, WINDOW_BITS, step),)
+            for index in gl.static_range(WORDS):
+                hashed += (each[0][index], each[1][index], each[2][index], each[3][index])
+        sums = _issue_half(sums + hashed + described, TILES, WORDS, half)
+    return sums
+
+
+@gluon.jit
+def wait_for_products(sums, TILES: gl.constexpr):
+    """The sums, after all products that `issue_block` began."""
+    return gl.inline_asm_elementwise(_WAIT_FOR_PRODUCTS, _wait_constraints(TILES), sums, _types(16 * TILES), is_pure=False, pack=1)

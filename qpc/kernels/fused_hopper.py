@@ -10,7 +10,8 @@ multiprocessor, and the next kernel's programs start beside it. The operand (`qp
 which is under way while another is read.
 A lane reads its 16 windows from shared memory, multiplies each to words (`qpc.quant.codebook`), and these go as they are from registers to
 `mma`: the four words of four windows are its fragment of 16 rows. Sums are exact in int32, rows stay in their warps, and float32 begins
-where the limbs are put together. (`wgmma` was not faster: `benchmarks/results/nvidia-h100/KERNELS.md`.)
+where the limbs are put together. (`wgmma` was not faster for few rows: `benchmarks/results/nvidia-h100/KERNELS.md`. `qpc.kernels.warpgroup`
+is for more.)
 
 Programs that share rows leave their sums in a workspace; the last of them in the order of the grid waits for each value, adds them in that
 order, and frees the places again. A place that is free holds a NaN which no sum is. A program takes its last group first, so that sums for
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier  # type: i
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-untyped]
 
 from qpc.kernels.fused import EXCHANGE_STRIDE, GROUP_ROWS, OPERAND_BARRIER_BYTES, TAIL_BYTES, exchange_bytes, head_bytes
-from qpc.kernels.fused_block import add_block, aligned, do, load_arc
+from qpc.kernels.fused_block import add_block, aligned, do, issue_block, load_arc, wait_for_products
 from qpc.kernels.fused_ptx import (
     ARRIVE,
     BARRIER,
@@ -46,6 +47,7 @@ from qpc.kernels.fused_ptx import (
     polled,
     types,
 )
+from qpc.kernels.warpgroup import distance
 
 _TAIL, _ROWS, _STRIDE = gl.constexpr(TAIL_BYTES), gl.constexpr(GROUP_ROWS), gl.constexpr(EXCHANGE_STRIDE)
 _OPERAND_BARRIERS = gl.constexpr(OPERAND_BARRIER_BYTES)
@@ -58,7 +60,7 @@ _PUBLISH, _OF_LANE_0, _PREFETCH = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0)
 _head_bytes, _exchange_bytes = gluon.constexpr_function(head_bytes), gluon.constexpr_function(exchange_bytes)
 _types = gluon.constexpr_function(types)
 _poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
-_polled = gluon.constexpr_function(polled)
+_polled, _distance = gluon.constexpr_function(polled), gluon.constexpr_function(distance)
 
 
 @gluon.jit
@@ -107,21 +109,22 @@ def _whole(sums, AT: gl.constexpr):
 
 @gluon.jit
 def _exchange(sums, TILE: gl.constexpr, batch, to, lane, warpgroup, warp_row, TILES: gl.constexpr, ITEMS: gl.constexpr):
-    """Leave the sums for four rows of the batch in shared memory: [warpgroup][row of the batch][row of the group]."""
+    """Leave the sums for ITEMS rows of the batch in shared memory: [warpgroup][row of the batch][row of the group]."""
     do(_BARRIER, "=r,r", [lane])
     to += (((warpgroup * ITEMS + lane % 4) * _STRIDE + warp_row * 64 + lane // 4) * 4).to(gl.uint32)
-    there = (TILE * 4 + lane % 4 < batch).to(gl.int32)
-    for quarter in gl.static_range(4):
-        for half in gl.static_range(2):
-            value = _whole(sums, 4 * (quarter * TILES + TILE) + 2 * half)
-            do(_STORE, "=r,r,f,r", [to + 4 * (16 * quarter + 8 * half), value, there])
+    for tile in gl.static_range((ITEMS + 3) // 4):
+        there = ((TILE + tile) * 4 + lane % 4 < batch).to(gl.int32)
+        for quarter in gl.static_range(4):
+            for half in gl.static_range(2):
+                value = _whole(sums, 4 * (quarter * TILES + TILE + tile) + 2 * half)
+                do(_STORE, "=r,r,f,r", [to + 4 * (16 * quarter + 8 * half + 4 * tile * _STRIDE), value, there])
     do(_BARRIER, "=r,r", [lane])
 
 
 @gluon.jit
 def _add_and_store(
     total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE: gl.constexpr,
-    HAS_BIAS: gl.constexpr, ELEMENTS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ELEMENTS: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Add the sums of the programs before and free their places; apply the scales of activation and rows, add the bias, round once."""
     factor = gl.load(operand_scales + item, mask=mask, other=0.0) * gl.load(scales + row, mask=mask, other=0.0).to(gl.float32)
@@ -129,13 +132,13 @@ def _add_and_store(
     if HAS_BIAS:
         added = gl.load(bias + row, mask=mask, other=0.0).to(gl.float32)
     others = gl.zeros_like(factor)
-    AT_ONCE: gl.constexpr = _polled(ELEMENTS)
+    AT_ONCE: gl.constexpr = _polled(ELEMENTS, TOGETHER)
     CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)
     for other in range(0, place_in_group, AT_ONCE):
         count = gl.zeros_like(item) + (place_in_group - other)
         from_place, stride = place - (place_in_group - other) * STRIDE, gl.full_like(item, 4 * STRIDE).to(gl.int64)
         found = gl.inline_asm_elementwise(
-            _poll(ELEMENTS, AT_ONCE), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
+            _poll(ELEMENTS, AT_ONCE, TOGETHER), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
             pack=ELEMENTS,
         )  # fmt: skip
         for each in gl.static_range(AT_ONCE):
@@ -148,16 +151,16 @@ def _add_and_store(
 def _finish(
     TILE: gl.constexpr, group, first_place, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
     IS_LAST: gl.constexpr, EXCHANGE: gl.constexpr, UNIT: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    WARPGROUPS: gl.constexpr,
+    WARPGROUPS: gl.constexpr, ITEMS: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
-    """Add up what the warpgroups left for four rows of the batch. Then leave that for another program, or add what others left and store.
+    """Add up what the warpgroups left for ITEMS rows of the batch. Then leave that for another program, or add what others left and store.
 
     Each thread has some neighbouring rows of the group, of one row of the batch.
     """
-    ELEMENTS: gl.constexpr = 8 // WARPGROUPS
+    COVERED: gl.constexpr = 4 if ITEMS < 4 else ITEMS
+    ELEMENTS: gl.constexpr = 2 * COVERED // WARPGROUPS
     STRIDE: gl.constexpr = _ROWS * OPERAND_ROWS
-    ITEMS: gl.constexpr = OPERAND_ROWS if OPERAND_ROWS < 4 else 4
-    index = gl.arange(0, 4 * _ROWS, gl.BlockedLayout([ELEMENTS], [32], [4 * WARPGROUPS], [0]))
+    index = gl.arange(0, COVERED * _ROWS, gl.BlockedLayout([ELEMENTS], [32], [4 * WARPGROUPS], [0]))
     item, row = TILE * 4 + index // _ROWS, group * _ROWS + index % _ROWS
     mask = (item < batch) & (row < out_features)
     at = gl.inline_asm_elementwise(_SHARED, "=r,r", [index], gl.uint32, is_pure=False, pack=1)
@@ -170,7 +173,8 @@ def _finish(
     if IS_LAST:  # otherwise no branch: Triton 3.6 cannot translate one that is never taken
         if finishes:
             _add_and_store(
-                total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE, HAS_BIAS, ELEMENTS
+                total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE, HAS_BIAS, ELEMENTS,
+                TOGETHER,
             )  # fmt: skip
         else:
             do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
@@ -185,6 +189,7 @@ def _multiply_part(
     shared, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, UNIT: gl.constexpr, IS_SECOND: gl.constexpr, IS_LAST: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    BY_WARPGROUP: gl.constexpr, FINISH_ROWS: gl.constexpr,
 ):  # fmt: skip
     """What one of `programs` does of one part of the weight. operand: from the first column of the part on.
 
@@ -194,15 +199,16 @@ def _multiply_part(
     """
     TILES: gl.constexpr = (OPERAND_ROWS + 3) // 4
     OPERAND_BYTES: gl.constexpr = 128 * OPERAND_ROWS
+    UNITS: gl.constexpr = OPERAND_BYTES // 16
     BLOCK_BYTES: gl.constexpr = 64 * STEP_BITS
     STAGE: gl.constexpr = DEPTH * BLOCK_BYTES
     TURN: gl.constexpr = DEPTH * WARPGROUPS
-    ITEMS: gl.constexpr = OPERAND_ROWS if OPERAND_ROWS < 4 else 4
+    ITEMS: gl.constexpr = OPERAND_ROWS if OPERAND_ROWS < FINISH_ROWS else FINISH_ROWS
     TURN_BYTES: gl.constexpr = TURN * OPERAND_BYTES
     CHUNK: gl.constexpr = CHUNK_BYTES // TURN_BYTES
     HEAD: gl.constexpr = _head_bytes(WARPGROUPS, STAGES)
     EXCHANGE: gl.constexpr = HEAD + 2 * CHUNK_BYTES + _TAIL
-    RINGS: gl.constexpr = EXCHANGE + _exchange_bytes(WARPGROUPS, OPERAND_ROWS)
+    RINGS: gl.constexpr = EXCHANGE + _exchange_bytes(WARPGROUPS, OPERAND_ROWS, FINISH_ROWS)
     groups = (rows + 3) // 4
     units = groups * turns
     first = units * program // programs
@@ -266,7 +272,11 @@ def _multiply_part(
             here = gl.minimum(left, CHUNK)
             buffer = (chunk % 2).to(gl.uint32)
             do(_WAIT, "=r,r,r", [shared + 8 * buffer, chunk // 2 % 2])
-            at = shared + HEAD + buffer * (CHUNK * TURN_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES) + lane * 16).to(gl.uint32)
+            at = shared + HEAD + buffer * (CHUNK * TURN_BYTES) + (warpgroup * (DEPTH * OPERAND_BYTES)).to(gl.uint32)
+            if BY_WARPGROUP:
+                at = at // 16 | (_distance(OPERAND_ROWS) << 16)
+            else:
+                at += (lane * 16).to(gl.uint32)
             for _turn in range(here):
                 if (ahead_left == 0) & (ahead * turns > first):
                     ahead -= 1
@@ -279,14 +289,19 @@ def _multiply_part(
                         more = (elected & (ahead_left > 0)).to(gl.int32)
                         do(_REFILL, "=r,r,r,l,r,r", [barrier, slot, source, more, stage_bytes])
                     words = aligned(arc, shift, STEP_BITS)
-                    sums = add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
+                    if BY_WARPGROUP:
+                        sums = issue_block(sums, words, at + index * UNITS, STEP_BITS, WINDOW_BITS, TILES, OPERAND_ROWS)
+                    else:
+                        sums = add_block(sums, words, at + index * OPERAND_BYTES, STEP_BITS, WINDOW_BITS, TILES)
                 source += TURN * 16 * STEP_BITS
                 ahead_left = gl.maximum(ahead_left - 1, 0)
                 slot += STAGE
                 barrier += 8
                 wraps = barrier == barriers + 8 * STAGES
                 slot, barrier, phase = gl.where(wraps, ring, slot), gl.where(wraps, barriers, barrier), gl.where(wraps, phase ^ 1, phase)
-                at += TURN_BYTES
+                at += TURN_BYTES // 16 if BY_WARPGROUP else TURN_BYTES
+            if BY_WARPGROUP:
+                sums = wait_for_products(sums, TILES)
             empty = shared + 16 + 8 * buffer
             do(_ARRIVE, "=r,r,r", [empty, elected.to(gl.int32)])
             if (copied_left == 0) & (copied * turns > first):
@@ -303,11 +318,11 @@ def _multiply_part(
         place_in_group = program - _first_of(group * turns, units, programs)
         if IS_SECOND:
             place_in_group += _contributors(group, turns_before, groups, programs_before)
-        for tile in gl.static_range(TILES):
+        for tile in gl.static_range(0, TILES, (ITEMS + 3) // 4):
             _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES, ITEMS)
             _finish(
                 tile, group, group * most, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
-                IS_LAST, EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
+                IS_LAST, EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, ITEMS, FINISH_ROWS > 4,
             )  # fmt: skip
         group -= 1
 
@@ -318,17 +333,20 @@ def fused_kernel(
     turns_0, turns_1, programs_0, most, batch, rows, out_features,
     STEP_BITS_0: gl.constexpr, STEP_BITS_1: gl.constexpr, WINDOW_BITS_0: gl.constexpr, WINDOW_BITS_1: gl.constexpr,
     UNIT_0: gl.constexpr, UNIT_1: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr,
-    OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr, BY_WARPGROUP: gl.constexpr,
+    FINISH_ROWS: gl.constexpr,
 ):  # fmt: skip
     """The first `programs_0` programs have the first part, the others the second, if there is one.
 
-    operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows. workspace: float32 NaNs with all bits set, which it is again at the end,
-    `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight.
+    operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows, or for BY_WARPGROUP as `in_cores` does. workspace: float32 NaNs with all
+    bits set, which it is again at the end, `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight. FINISH_ROWS:
+    the value of a `Finish`.
     """
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
     gdc_launch_dependents()
-    BEFORE_RINGS: gl.constexpr = _head_bytes(WARPGROUPS, STAGES) + 2 * CHUNK_BYTES + _TAIL + _exchange_bytes(WARPGROUPS, OPERAND_ROWS)
-    SIZE: gl.constexpr = BEFORE_RINGS + 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
+    EXCHANGED: gl.constexpr = _exchange_bytes(WARPGROUPS, OPERAND_ROWS, FINISH_ROWS)
+    RINGS: gl.constexpr = 4 * WARPGROUPS * STAGES * DEPTH * 64 * WIDEST
+    SIZE: gl.constexpr = _head_bytes(WARPGROUPS, STAGES) + 2 * CHUNK_BYTES + _TAIL + EXCHANGED + RINGS
     memory = gl.allocate_shared_memory(gl.int64, [SIZE // 8, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(2):
         mbarrier.init(memory.index(index), count=1)
@@ -340,17 +358,17 @@ def fused_kernel(
         _multiply_part(
             program, programs, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
-            HAS_BIAS, WARPGROUPS,
+            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
         )  # fmt: skip
     elif program < programs_0:
         _multiply_part(
             program, programs_0, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, False, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
-            HAS_BIAS, WARPGROUPS,
+            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
         )  # fmt: skip
     else:
         _multiply_part(
             program - programs_0, programs - programs_0, codes_1, operand + turns_0 * (DEPTH * WARPGROUPS * 32 * OPERAND_ROWS), turns_1,
             turns_0, programs_0, operand_scales, scales, bias, out, workspace, most, batch, rows, out_features, shared, STEP_BITS_1,
-            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS,
+            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
         )  # fmt: skip

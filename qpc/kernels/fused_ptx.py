@@ -60,16 +60,18 @@ PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], 
 """Leave $3 at $1 for another program, if $2."""
 
 
-def polled(elements: int) -> int:
-    """How many values `poll` awaits at a time for each element: 24 registers of them together, and 15 at most."""
-    return min(15, 24 // int(elements))
+def polled(elements: int, together: bool) -> int:
+    """How many values `poll` awaits at a time for each element: 24 registers of them together (or 28), and 15 at most."""
+    return min(15, (28 if together else 24) // int(elements))
 
 
-def poll(elements: int, count: int) -> str:
+def poll(elements: int, count: int, together: bool) -> str:
     """Read values that other programs leave until none is free, and free their places, for so many elements of a thread at a time.
 
     Arguments of each element: where the first value is, whether there are any, how many (as many for each element, beyond `count` no
     more), and their distance in bytes. Results are `count` values of each element, 0 for what is not there.
+    together: the lanes of a warp wait for each other, so that the assembler knows that they come out as one, and what is the same in all
+    lanes can stay in uniform registers wherever this is in a loop.
     """
     elements, count = int(elements), int(count)
     first = elements * count  # the arguments come after the results, each of all elements
@@ -86,7 +88,8 @@ def poll(elements: int, count: int) -> str:
     text = f"{{.reg .pred p, q; .reg .b32 m; .reg .b64 a; .reg .b32 v<{first}>; "
     text += "".join([f"mov.b32 v{i}, 0; " for i in range(first)]) + read
     text += "mov.b32 m, 0; " + "".join([f"max.u32 m, m, v{i}; " for i in range(first)])
-    text += "setp.eq.u32 q, m, 0xFFFFFFFF; @q bra AGAIN; " + free
+    vote, branch = ("vote.sync.any.pred q, q, 0xffffffff; ", "bra.uni") if together else ("", "bra")
+    text += f"setp.eq.u32 q, m, 0xFFFFFFFF; {vote}@q {branch} AGAIN; " + free
     return text + " ".join([f"mov.b32 ${i}, v{i % elements * count + i // elements};" for i in range(first)]) + "}"
 
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the adapters import the Triton kernels")
 
 from benchmarks import __main__ as runner
-from benchmarks import kernels, layer, prefill, profile, summary, timing, transform, weights
+from benchmarks import adapters, kernels, layer, plan, prefill, profile, summary, timing, transform, weights
 from benchmarks.baselines import BF16, OTHERS, ROUNDING
 from benchmarks.plan import options_of, scalar, trellis, vector
 from benchmarks.rows import BenchmarkError, read_head, read_rows, write_rows
@@ -60,6 +60,18 @@ def test_help_tells_the_columns(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_a_quick_run_has_less_time_unless_it_is_given() -> None:
     make = partial(options_of, "kernels", None, budget_s=285, quick_budget_s=85)
     assert [make(text.split()).budget_s for text in ("", "--quick", "--budget-s 200", "--quick --budget-s 285")] == [285, 85, 200, 285]
+
+
+def test_a_variant_is_asked_for_and_has_columns_of_its_own() -> None:
+    def asked(*arguments: str) -> adapters.Variant:
+        return plan.variant_of(plan.options_of("kernels", "", list(arguments), 225, 110, varies=True))
+
+    assert asked() == adapters.DEFAULT and not adapters.DEFAULT.columns
+    found = asked("--product", "wgmma", "--finish-rows", "8")
+    assert found.columns == {"product": "wgmma", "finish_rows": 8}
+    assert [batch for batch in range(1, 17) if found.takes(batch)] == list(range(5, 17))
+    with pytest.raises(SystemExit):
+        asked("--product", "dp4a")
 
 
 def test_nothing_is_timed_before_it_was_checked() -> None:

@@ -1,7 +1,6 @@
 """The multiplication on integer tensor cores: what is decided about it, and what its machine code is. It runs in `benchmarks check`."""
 
 import re
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,74 +10,22 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-
 from qpc.kernels import fused
-from qpc.kernels.fused_hopper import fused_kernel
 from qpc.quant.codebook import hash_words
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
 from tests.kernels.compiling import instructions, usage
+from tests.kernels.fused_compiling import compiled, opcodes, turn
 
 TRELLIS = TrellisQuantizer(6, 19)
 CPU = torch.device("cpu")
-
-
-def compiled(
-    *step_bits: int,
-    operand_rows: int = 1,
-    warpgroups: int = 2,
-    depth: int = 4,
-    chunk_bytes: int = fused.CHUNK_BYTES,
-    bias: bool = False,
-    architecture: int = 90,
-) -> Any:
-    """The compiled kernel; a second number of bits is that of a second part."""
-    first, second = (*step_bits, 0)[:2]
-    constants = {
-        "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
-        "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
-        "HAS_BIAS": bias, "WARPGROUPS": warpgroups,
-    }  # fmt: skip
-    types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    types |= {"operand_scales": "*fp32", "workspace": "*fp32"}
-    names = fused_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = GluonASTSource(fused_kernel, signature, constants, attributes)
-    options = {"num_warps": 4 * warpgroups, "maxnreg": fused.MORE_REGISTERS if operand_rows > 8 or warpgroups == 1 else fused.REGISTERS}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def opcodes_a_turn(kernel: Any) -> Counter[str]:
-    """Instructions of the shortest loop that multiplies."""
-    lines = instructions(kernel)
-    text = "\n".join(lines)
-    assert "IMMA" in text
-    starts = {address: index for index, address in enumerate(addresses(kernel))}
-    bodies = []
-    for index, line in enumerate(lines):
-        found = re.search(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", line)
-        if found and (start := starts.get(int(found[1], 16), len(lines))) < index:
-            body = lines[start : index + 1]
-            if any("IMMA" in each for each in body):
-                bodies.append(body)
-    names = (re.sub(r"^@\S+\s+", "", each).split()[0].split(".")[0] for each in min(bodies, key=len))
-    return Counter(names)
-
-
-def addresses(kernel: Any) -> list[int]:
-    """Of the instructions."""
-    return [16 * index for index in range(len(instructions(kernel)))]
 
 
 @pytest.mark.parametrize("step_bits", [3, 4, 6, 8, 9, 12])
 def test_decodes_in_a_shift_a_mask_and_a_multiplication_for_each_word(step_bits: int) -> None:
     """A turn is four blocks, 64 windows a lane; three dozen instructions for all the rest."""
     kernel = compiled(step_bits)
-    used, counts = usage(kernel), opcodes_a_turn(kernel)
+    used, counts = usage(kernel), opcodes(turn(kernel, "IMMA"))
     words = hash_words(step_bits, min(step_bits + 13, 24))
     assert used.stack == 0, "a spill costs more than it saves"
     assert counts["IMMA"] == 4 * 4 * words
