@@ -4,6 +4,9 @@ The model (16 GB of bfloat16 in shards) and sensitivities are written to a direc
 SIGKILL once it has packed the linears of some decoder layers, called again, which must not pack one of them again, and ended one linear
 later; the time of all layers is extrapolated. With `--layers 32` it runs to its end, once. The bound of memory is four times the largest
 linear in float32 and 1.5 GB; on a GPU, whose libraries alone take as much, memory is stated but not checked.
+
+With `--calibration-tokens` errors are fed back. The tokens are random: this is about memory and time. The bound is then that of a decoder
+layer, since its weights are held while the moments of what they read are.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,16 @@ from torch import Tensor
 from benchmarks.llama import DEVIATION, LLAMA_8B, TINY
 from benchmarks.rows import BenchmarkError, machine, write_rows
 from qpc.sensitivity import Loss, Sensitivities
+from qpc.token_file import Origin, TokenFile
 
 LINEARS = 7
 """Of a decoder layer."""
 
 ALLOWED_BYTES = 1_500_000_000
-"""Above four times the largest linear."""
+"""Above four times the largest linear, or layer."""
+
+TOKENS, SEQUENCE = "tokens.safetensors", 256
+"""The file to calibrate on, and the length of its sequences."""
 
 
 def main(arguments: list[str]) -> None:
@@ -36,6 +44,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks streaming", description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="for model and result, 22 GB; removed in the end unless --keep")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers to pack before the command is ended")
+    parser.add_argument("--model-layers", type=int, help="decoder layers that the model has, 32 by default")
+    parser.add_argument("--calibration-tokens", type=int, default=0)
     parser.add_argument("--bits", default="3")
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to the end")
@@ -43,12 +53,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     sizes = TINY if options.quick else LLAMA_8B
+    sizes |= {} if options.model_layers is None else {"num_hidden_layers": options.model_layers}
     try:
         model = options.directory / "model"
         if not (model / "sensitivities.json").is_file():
             write_model(model, sizes)
+        write_tokens(model, sizes, options.calibration_tokens)
         layers = sizes["num_hidden_layers"] if options.quick else options.layers
-        row = measure(model, options.directory / "out", sizes, layers, options.bits, options.effort)
+        command = Command(model, options.directory / "out", options.bits, options.effort, options.calibration_tokens)
+        row = measure(command, sizes, layers)
     finally:
         if not options.keep:
             shutil.rmtree(options.directory, ignore_errors=True)
@@ -79,6 +92,13 @@ def write_model(directory: Path, sizes: dict[str, Any]) -> None:
     (directory / "sensitivities.json").write_text(text, encoding="utf-8")
 
 
+def write_tokens(directory: Path, sizes: dict[str, Any], tokens: int) -> None:
+    """Random ones, as `qpc sample` would write its own; none for 0."""
+    if tokens:
+        drawn = torch.randint(sizes["vocab_size"], (tokens // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
+        TokenFile(drawn, Origin("random tokens", "none", sizes["vocab_size"], 0)).write(directory / TOKENS)
+
+
 def layer_shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every parameter of a decoder layer."""
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
@@ -105,20 +125,21 @@ def drawn(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value.cpu() for name, value in made.items()}
 
 
-def measure(model: Path, output: Path, sizes: dict[str, Any], layers: int, bits: str, effort: str) -> dict[str, Any]:
+def measure(command: "Command", sizes: dict[str, Any], layers: int) -> dict[str, Any]:
     """One row. Raises `BenchmarkError` if memory exceeds the bound, or a weight is packed twice."""
     shapes = [shape for shape in layer_shapes(sizes).values() if len(shape) == 2]
     largest = max(rows * columns for rows, columns in shapes)
     weights = sum(rows * columns for rows, columns in shapes)
-    bound = 4 * 4 * largest + ALLOWED_BYTES
+    bound = 4 * 4 * (weights if command.tokens else largest) + ALLOWED_BYTES
     total = sizes["num_hidden_layers"]
-    first = Run.of(model, output, bits, effort, layers * LINEARS, layers < total)
+    first = Run.of(command, layers * LINEARS, layers < total)
     row: dict[str, Any] = {
         "model": f"Llama, {total} layers of {sizes['hidden_size']}, random bfloat16",
-        "model_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+        "model_bytes": sum(path.stat().st_size for path in command.model.glob("*.safetensors") if path.name != TOKENS),
         "largest_linear": largest,
-        "bits": bits,
-        "effort": effort,
+        "bits": command.bits,
+        "effort": command.effort,
+        "calibration_tokens": command.tokens,
         "bound_bytes": bound,
         "peak_bytes": first.peak_bytes,
         "planned_s": round(first.planned_s, 1),
@@ -130,9 +151,9 @@ def measure(model: Path, output: Path, sizes: dict[str, Any], layers: int, bits:
     if layers == total:
         row["wall_s"] = round(first.whole_s, 1)
     else:
-        before = [entry for entry in journal(output) if "facts" in entry]
-        second = Run.of(model, output, bits, effort, layers * LINEARS + 1, True)
-        steps = [entry["step"] for entry in journal(output) if "facts" in entry]
+        before = [entry for entry in journal(command.output) if "facts" in entry]
+        second = Run.of(command, layers * LINEARS + 1, True)
+        steps = [entry["step"] for entry in journal(command.output) if "facts" in entry]
         if len(steps) != len(set(steps)) or steps[: len(before)] != [entry["step"] for entry in before]:
             raise BenchmarkError("a weight that was finished was packed again")
         row["resumed_peak_bytes"] = second.peak_bytes
@@ -150,6 +171,25 @@ def journal(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@dataclass(frozen=True)
+class Command:
+    """What is compiled to where. tokens: to calibrate on."""
+
+    model: Path
+    output: Path
+    bits: str
+    effort: str
+    tokens: int
+
+    @property
+    def line(self) -> list[str]:
+        """As it is called."""
+        calibration = str(self.model / TOKENS) if self.tokens else "none"
+        line = [sys.executable, "-m", "qpc", "compile", str(self.model), "-o", str(self.output), "--stream", "--bits", self.bits]
+        line += ["--effort", self.effort, "--calibration", calibration, "--sensitivities", str(self.model / "sensitivities.json")]
+        return [*line, "--json"]
+
+
 class Run:
     """One run of the command. Times in seconds: until the allocation, until the first weight is packed, for the others; and in all."""
 
@@ -158,14 +198,13 @@ class Run:
         self.planned_s = self.copied_s = self.packed_s = self.whole_s = 0.0
 
     @staticmethod
-    def of(model: Path, output: Path, bits: str, effort: str, stop: int, stop_early: bool) -> "Run":
+    def of(command: Command, stop: int, stop_early: bool) -> "Run":
         """Run until the journal has so many packed weights, or to the end. Raises `BenchmarkError` if the command fails."""
-        command = [sys.executable, "-m", "qpc", "compile", str(model), "-o", str(output), "--stream", "--bits", bits, "--effort", effort]
-        command += ["--calibration", "none", "--sensitivities", str(model / "sensitivities.json"), "--json"]
+        output = command.output
         run = Run()
         start_s, before, known = time.monotonic(), packed_steps(output), len(journal(output))
         first_s = 0.0
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command.line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
                 run.peak_bytes = peak_bytes(process.pid) or run.peak_bytes
                 entries, now_s, packed = len(journal(output)), time.monotonic() - start_s, packed_steps(output) - before

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qpc.errors import QuantizerError
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
@@ -45,15 +46,16 @@ class Feedback:
     """How the error of each block of columns is carried into those before it, and that of each block of rows if `outputs` says how.
 
     carry: float32 [columns, columns], columns a multiple of the block: B below the diagonal blocks, zero elsewhere.
-    moment: float32 [in_features, in_features], before damping.
-    judge: the moment by which errors are judged: of held-out samples if there were any, else the same.
+    corners: float32 [columns / block, block, block]: the blocks L_jj.
+    judge: float32 [in_features, in_features], the moment by which errors are judged: of held-out samples if there were any, else the one
+        that was factored, before damping.
     damping: relative to the mean of the moment's diagonal.
     expected_share: the error that is left of white rounding errors, over the error without feedback; on held-out samples if there were any.
     outputs: the same of rows in blocks of 64, where every row has been divided by its root mean square; None: rows are independent.
     """
 
     carry: Tensor
-    moment: Tensor
+    corners: Tensor
     judge: Tensor
     damping: float
     expected_share: float
@@ -64,7 +66,8 @@ class Feedback:
         """Factor the second moment of a linear's inputs.
 
         moment: in the basis of the weight, of any rank. damping: by default the best for the held-out part of the moment, if it has one.
-        block: columns that are rounded together.
+        block: columns that are rounded together. If this holds the only reference to the moment, no more than four matrices of its size in
+        float32 are held at any time.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
@@ -73,10 +76,13 @@ class Feedback:
             raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(matrix.shape)}")
         if not bool(matrix.diagonal().sum(dtype=torch.float64) > 0):  # inputs that are always zero: nothing to weigh by
             matrix = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        held_out = None if moment.held_out is None else moment.held_out.matrix
-        if held_out is None or not bool(held_out.diagonal().sum(dtype=torch.float64) > 0):
-            return _factor(matrix, damping or DEFAULT_DAMPING, matrix, block)
-        return _factor(matrix, damping or _best_damping(matrix, held_out, block), held_out, block)
+        judge = None if moment.held_out is None else moment.held_out.matrix
+        if judge is None or not bool(judge.diagonal().sum(dtype=torch.float64) > 0):
+            judge, damping = matrix, damping or DEFAULT_DAMPING
+        unit, corners, damping, share = _unit_of(matrix, damping or _best_damping(matrix, judge, block), judge, block)
+        del moment, matrix  # the carry takes their place
+        unit.diagonal().sub_(1)
+        return Feedback(unit.float(), corners.float(), judge.float(), damping, share)
 
     def and_of(self, gradients: Moment) -> "Feedback":
         """The same with feedback between rows.
@@ -93,12 +99,17 @@ class Feedback:
         """The error that is expected to be left of white rounding errors, by feedback between columns and rows."""
         return self.expected_share * (1.0 if self.outputs is None else self.outputs.expected_share)
 
+    def whitened(self, rows: Tensor) -> Tensor:
+        """Rows times L: what their errors cost is its square. rows: float32 [rows, in_features]. Returns [rows, columns]."""
+        wide = functional.pad(rows, (0, len(self.carry) - rows.shape[1]))
+        blocks = torch.addmm(wide, wide, self.carry).view(len(rows), *self.corners.shape[:2])
+        return torch.bmm(blocks.transpose(0, 1), self.corners).transpose(0, 1).flatten(1)
+
     @property
     def damped(self) -> Tensor:
-        """The moment that was factored: float32."""
-        found = self.moment.clone()
-        found.diagonal().add_(self.damping * self.moment.diagonal().mean())
-        return found
+        """The moment that was factored, L L^T: float32 [in_features, in_features]."""
+        lower = self.whitened(torch.eye(len(self.judge), device=self.judge.device))
+        return lower @ lower.t()
 
     def share_left(self, weight: Tensor, made: Tensor, distortion: float) -> float:
         """tr(E H E^T G), E = weight - made, over what rounding without feedback is expected to leave, by the judges H and G.
@@ -123,7 +134,7 @@ class Feedback:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        own = self.carry.nbytes + self.moment.nbytes + (self.judge.nbytes if self.judge is not self.moment else 0)
+        own = self.carry.nbytes + self.corners.nbytes + self.judge.nbytes
         return own + (0 if self.outputs is None else self.outputs.nbytes)
 
 
@@ -183,51 +194,43 @@ class StackFeedback:
 
 def _best_damping(moment: Tensor, judge: Tensor, block: int) -> float:
     """The damping with which the least is left by the judge, on a climb or descent from the default by steps."""
-    best, least = _unit_of(moment, DEFAULT_DAMPING, judge, block)[1:]
+    best, least = _unit_of(moment, DEFAULT_DAMPING, judge, block)[2:]
     for step in (DAMPING_STEP, 1 / DAMPING_STEP):
         while DAMPING_RANGE[0] < best * step < DAMPING_RANGE[1]:
-            other, share = _unit_of(moment, best * step, judge, block)[1:]
+            other, share = _unit_of(moment, best * step, judge, block)[2:]
             if share >= least or (other < best) != (step < 1):
                 break
             best, least = other, share
     return best
 
 
-def _factor(moment: Tensor, damping: float, judge: Tensor, block: int) -> Feedback:
-    """The feedback at one damping."""
-    unit, damping, share = _unit_of(moment, damping, judge, block)
-    unit.diagonal().sub_(1)
-    carry, kept = unit.float(), moment.float()
-    return Feedback(carry, kept, kept if judge is moment else judge.float(), damping, share)
-
-
-def _unit_of(moment: Tensor, damping: float, judge: Tensor, block: int) -> tuple[Tensor, float, float]:
-    """The unit lower triangular factor, float64 [columns, columns]; its damping, raised tenfold as long as the damped moment cannot be
-    factored; and the share of white errors that it leaves.
+def _unit_of(moment: Tensor, damping: float, judge: Tensor, block: int) -> tuple[Tensor, Tensor, float, float]:
+    """The unit lower triangular factor, float64 [columns, columns]; the blocks L_jj; the damping, raised tenfold as long as the damped
+    moment cannot be factored; and the share of white errors that the factor leaves.
 
     The factor is the only matrix of that size in float64: all steps are in its place, or go slab by slab.
     """
-    lower, damping = _lower(moment, damping)
-    features = len(moment)
-    columns = -(-features // block) * block
-    if columns > features:
-        padded = torch.eye(columns, dtype=torch.float64, device=moment.device)
-        padded[:features, :features] = lower
-        lower = padded
-    blocks = torch.arange(SLAB, device=moment.device) // block
-    for start in range(0, columns, SLAB):
+    lower, damping = _lower(moment, damping, block)
+    corners = []
+    for start in range(0, len(lower), SLAB):
         panel = lower[start:, start : start + SLAB]
-        square = panel[: panel.shape[1]] * (blocks[: panel.shape[1], None] == blocks[: panel.shape[1]])
+        count = panel.shape[1] // block
+        corners.append(panel[: count * block].view(count, block, count, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone())
+        square = torch.block_diag(*corners[-1])  # type: ignore[no-untyped-call]
         panel.copy_(torch.linalg.solve_triangular(square, panel, upper=False, left=False))
-    return lower, damping, _share_left(lower, judge)
+    return lower, torch.cat(corners), damping, _share_left(lower, judge)
 
 
-def _lower(moment: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of the damped moment in float64, and the damping."""
-    failed = torch.empty((), dtype=torch.int32, device=moment.device)
+def _lower(moment: Tensor, damping: float, block: int) -> tuple[Tensor, float]:
+    """The Cholesky factor of the damped moment in float64, with an identity below that fills the last block, and the damping.
+
+    It lies column by column, as LAPACK wants it, or there would be a copy.
+    """
+    failed, features = torch.empty((), dtype=torch.int32, device=moment.device), len(moment)
     while True:
-        lower = moment.to(torch.float64, copy=True)
-        lower.diagonal().add_(damping * moment.diagonal().double().mean())
+        lower = torch.eye(-(-features // block) * block, dtype=torch.float64, device=moment.device).t()
+        lower[:features, :features] = moment
+        lower.diagonal()[:features] += damping * moment.diagonal().double().mean()
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             return lower, damping

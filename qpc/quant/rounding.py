@@ -102,11 +102,12 @@ class _Strip:
         self.blocks = self.unit.view(height, BLOCK_ROWS, width, BLOCK_COLUMNS)
         self.made = torch.empty_like(self.blocks)
         self.error = torch.zeros_like(self.blocks)
-        carry = self.feedback.carry
-        self.carry = carry.view(len(carry), width, BLOCK_COLUMNS).flip(1).transpose(0, 1).contiguous()
-        outputs = self.feedback.outputs
-        self.row_carry = None if outputs is None else outputs.carry.t().reshape(height, BLOCK_ROWS, -1)
-        self.around = None if outputs is None else torch.zeros(width, height, BLOCK_ROWS, BLOCK_COLUMNS).to(self.unit)
+        self.carry, outputs = self.feedback.carry, self.feedback.outputs
+        self.row_carry = self.around = None
+        if outputs is not None:
+            self.carry = self.carry.t().reshape(width, BLOCK_COLUMNS, -1).flip(0).transpose(1, 2).contiguous()  # in the order of steps
+            self.row_carry = outputs.carry.t().reshape(height, BLOCK_ROWS, -1)
+            self.around = torch.zeros(width, height, BLOCK_ROWS, BLOCK_COLUMNS).to(self.unit)
 
     @property
     def waves(self) -> int:
@@ -132,8 +133,8 @@ class _Strip:
         self.column_numbers = (width - 1 - torch.arange(self.steps.start, self.steps.stop)).expand(len(self.row_numbers))
         self.own = self.blocks[self.row_numbers, :, self.column_numbers]
         if self.row_carry is None or self.around is None:
-            later = slice((width - self.steps.start) * BLOCK_COLUMNS, None)
-            self.fed = (self.error.flatten(2).flatten(0, 1)[:, later] @ self.carry[self.steps.start, later]).view_as(self.own)
+            end = (width - self.steps.start) * BLOCK_COLUMNS
+            self.fed = (self.error.flatten(2).flatten(0, 1)[:, end:] @ self.carry[end:, end - BLOCK_COLUMNS : end]).view_as(self.own)
             target = self.own + self.fed
         else:
             self.fed = torch.bmm(self.error[self.rows].flatten(2), self.carry[self.steps])
@@ -150,19 +151,21 @@ class _Strip:
 
 
 def _best_scales(unit: Tensor, made: Tensor, feedback: Feedback) -> Tensor:
-    """Of one weight. Coupled rows are fitted together: with H and G the metrics, (G * M H M^T) s = row sums of G * M H W^T."""
-    felt = made @ feedback.damped
-    energy = (made * felt).sum(dim=1, dtype=torch.float64)
+    """Of one weight. Coupled rows are fitted together: with L L^T and G the metrics, M' = M L and W' = W L, (G * M' M'^T) s = row sums of
+    G * M' W'^T."""
+    felt, wanted = feedback.whitened(made), feedback.whitened(unit)
+    energy = felt.square().sum(dim=1, dtype=torch.float64)
     if feedback.outputs is None:
-        product = (unit * felt).sum(dim=1, dtype=torch.float64)
+        product = (felt * wanted).sum(dim=1, dtype=torch.float64)
         return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
     scales = torch.zeros_like(energy)
-    height = len(feedback.outputs.moment)  # the rest is padding
+    height = len(feedback.outputs.judge)  # the rest is padding
     rows = energy[:height].gt(0).nonzero().flatten()
     metric = feedback.outputs.damped.double()[rows][:, rows]
-    metric, felt = metric / metric.diagonal().mean(), felt[rows].double() / energy[rows].mean()
-    coupled, wanted = metric * (felt @ made[rows].double().t()), (metric * (felt @ unit[rows].double().t())).sum(dim=1)
-    found, failed = torch.linalg.solve_ex((coupled + coupled.t()) / 2, wanted)
-    alone = wanted / coupled.diagonal()  # near what each row would have by itself, where rows cannot be told apart
+    metric = metric / metric.diagonal().mean() / energy[rows].mean()
+    felt, wanted = felt[rows].double(), wanted[rows].double()
+    coupled, aim = metric * (felt @ felt.t()), (metric * (felt @ wanted.t())).sum(dim=1)
+    found, failed = torch.linalg.solve_ex(coupled, aim)
+    alone = aim / coupled.diagonal()  # near what each row would have by itself, where rows cannot be told apart
     scales[rows] = found if not failed and bool(found.isfinite().all()) else alone
     return scales

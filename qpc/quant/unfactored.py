@@ -28,7 +28,7 @@ class Unfactored:
         if not self.moments:
             return self.feedback.nbytes
         moments = self.moments if self.gradients is None else (*self.moments, self.gradients)
-        return sum((3 if moment.held_out is None else 5) * moment.matrix.nbytes for moment in moments)
+        return sum((3 if moment.held_out is None else 4) * moment.matrix.nbytes for moment in moments)
 
     @cached_property
     def feedback(self) -> Feedback | StackFeedback:
@@ -43,7 +43,7 @@ class Unfactored:
             del moment
         if self.stacked:
             return StackFeedback.of(moments)
-        found = Feedback.of(moments[0], self.damping)
+        found = Feedback.of(moments.pop(), self.damping)
         return found if self.gradients is None else found.and_of(self.gradients)
 
 
