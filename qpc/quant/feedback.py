@@ -238,13 +238,18 @@ def _lower(moment: Tensor, damping: float, block: int) -> tuple[Tensor, float]:
 
 
 def _share_left(unit: Tensor, judge: Tensor) -> float:
-    """tr(U^-1 H' U^-T) / tr(H'), U being `unit`: the inner product of U^-1 H' with U^-1, some columns at a time."""
+    """tr(U^-1 H' U^-T) / tr(H'), U being `unit`: the sum of r H' r^T over the rows r of U^-1, which are made slab by slab, ends first."""
     features, left = len(judge), torch.zeros((), dtype=torch.float64, device=unit.device)
-    inside = unit[:features, :features]
     for start in range(0, features, SLAB):
         stop = min(start + SLAB, features)
-        columns = torch.zeros(features, stop - start, dtype=torch.float64, device=unit.device)
-        columns[start:stop].fill_diagonal_(1)
-        inverse = torch.linalg.solve_triangular(inside, columns, upper=False)
-        left += (torch.linalg.solve_triangular(inside, judge[:, start:stop].double(), upper=False) * inverse).sum()
+        rows = torch.zeros(stop - start, stop, dtype=torch.float64, device=unit.device)
+        rows[:, start:].fill_diagonal_(1)
+        for first in range(start, -1, -SLAB):
+            last = min(first + SLAB, stop)
+            part, corner = rows[:, first:last], unit[first:last, first:last]
+            part -= rows[:, last:] @ unit[last:stop, first:last]
+            part.copy_(torch.linalg.solve_triangular(corner, part, upper=False, left=False))
+            metric = judge[first:stop, first:last].double()
+            metric[last - first :] *= 2  # what is above the diagonal is the same
+            left += (rows[:, first:] @ metric * part).sum()
     return float(left / judge.diagonal().double().sum())
