@@ -1,5 +1,6 @@
 """The kernels that write operands: how they are cut, and what their machine code is. They run in `benchmarks check`."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -59,10 +60,11 @@ def test_rows_of_several_blocks_take_another_way() -> None:
     assert transform_hopper.cut(4096, 256, norm=False) is None and transform.plan(4096, 256) is None
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("norm", [False, True], ids=["rotation", "behind a norm"])
-@pytest.mark.parametrize("features", [576, 14336])
+@pytest.mark.parametrize(
+    ("features", "norm", "architecture"), [*product((320, 6144), (False, True), ARCHITECTURES), (14336, True, 90)], ids=str
+)
 def test_plain_kernel_spills_nothing(features: int, norm: bool, architecture: int) -> None:
+    """Of narrow and wide inner factors. Triton takes the square of the rows of the outer factor in time: one case has many of them, 28."""
     plan = transform.plan(features, features)
     assert plan is not None
     constants = {"OUTER": plan.outer, "POWER": plan.power, "STAGES": plan.power.bit_length() - 1, "MEMBERS": plan.members}
