@@ -15,6 +15,7 @@ os.environ["QPC_CACHE"] = ""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker has a pool of processes beside it, each with a PyTorch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
