@@ -31,7 +31,7 @@ def smallest_bytes(items: list[Item]) -> int:
     return solve(items, Limits(), objective=Resource.BYTES).cost.weight_bytes
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TABLES, st.integers(0, 250), st.sampled_from((1, 16, 1_000_003)))
 def test_equals_brute_force(tables: list[list[Cost]], budget: int, unit: int) -> None:
     items = items_of(tables, unit)
