@@ -1,12 +1,10 @@
 """Whole models: the gap that is asked for in seconds, limits kept, gaps honest where the search is stopped."""
 
-import math
-
 import pytest
 
 from benchmarks.allocation import GROUPS, MODELS, items_of
 from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, Rules, Status, solve
-from tests.solver.instances import cost_of, keeps, solved_in
+from tests.solver.instances import PATIENCE_S, cost_of, keeps, solved_in
 
 SMALL, LARGE = MODELS
 
@@ -65,7 +63,7 @@ def test_rules_cost_what_they_must(items: list[Item]) -> None:
     alike = solve(items, limits, rules=Rules(alike=groups), relative_gap=5e-4)
     assert free.lower_bound <= alike.cost.distortion
     assert all(len({alike.choices[site] for site in group}) == 1 for group in groups)
-    few = [solve(items, limits, rules=Rules(most_quantizers=most), relative_gap=0.02, time_limit_s=math.inf) for most in (8, 3)]
+    few = [solve(items, limits, rules=Rules(most_quantizers=most), relative_gap=0.02, time_limit_s=PATIENCE_S) for most in (8, 3)]
     for most, found in zip((8, 3), few, strict=True):
         assert len(set(found.choices.values())) <= most
         assert keeps(found.cost, limits)
