@@ -2,7 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet
 DEMO := build/demo
 WORKERS ?= 2
@@ -25,12 +25,14 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qpc needs Python 3.11 or later; set PYTHON=..."'
 	$(PYTHON) -m venv .venv
 
-# CPU torch first: a plain requirement on torch would bring gigabytes of GPU libraries.
+# CPU torch first: a plain requirement on torch would bring gigabytes of GPU libraries. Bytecode last, in as many processes as there may be:
+# pip makes it in one. What is no Python of this version (templates, tests of parsers) has none.
 .venv/.installed: requirements/torch.txt requirements/dev.txt pyproject.toml | $(BIN)/python
 	@echo "installing into .venv (a few minutes the first time)"
 	$(PIP) -r requirements/torch.txt
 	$(PIP) -r requirements/dev.txt
 	$(PIP) --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m compileall -qq -j $(WORKERS) .venv/lib || true
 	@touch $@
 
 .venv/.demo: requirements/demo.txt .venv/.installed
@@ -40,7 +42,7 @@ $(BIN)/python:
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 	$(BIN)/lint-imports
 
 format: .venv/.installed

@@ -3,18 +3,27 @@
 import importlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from tests.exports import kept
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["QPC_CACHE"] = ""
 
+with suppress(ImportError):  # the environment of vLLM has none of its tests
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    inductor.compile_threads = 1  # else every worker has a pool of processes beside it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

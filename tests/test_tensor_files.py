@@ -18,7 +18,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=3)
 TENSORS = st.dictionaries(NAMES, st.tuples(st.sampled_from(list(tensor_files.DTYPES)), SHAPES), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TENSORS)
 def test_headers_are_those_of_safetensors(
     tmp_path_factory: pytest.TempPathFactory, described: dict[str, tuple[torch.dtype, list[int]]]

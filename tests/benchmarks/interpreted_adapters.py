@@ -8,9 +8,11 @@ from benchmarks.adapters import dequantizations, multiplications
 from benchmarks.plan import scalar, trellis, vector
 from benchmarks.timing import check
 from benchmarks.weights import activations, random_weights
+from tests.kernels.interpreting import without_waste
 
 
 def main() -> None:
+    without_waste()
     torch.set_num_threads(1)
     for subject in (*trellis(Fraction(3), Fraction(13, 4)), *scalar(3), *vector(3)):
         weights = random_weights(subject.quantizer, (96, 160), 2, "cpu")

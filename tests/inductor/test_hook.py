@@ -139,12 +139,11 @@ def test_attention_of_the_model_stays_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize("name", ["inductor", "aot_eager", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "phi3"])
 def test_every_backend_computes_what_the_eager_model_does(family: str, name: str) -> None:
+    """The first sizes are compiled as they are, whether others may come (`dynamic=None`, the default) or not (`False`)."""
     model = grouped(family)
     expected = logits(model)
-    for dynamic in (False, None):
-        torch.compiler.reset()
-        found = logits(torch.compile(model, backend=name, fullgraph=True, dynamic=dynamic))
-        assert (found - expected).norm() <= 1e-3 * expected.norm()
+    found = logits(torch.compile(model, backend=name, fullgraph=True))
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_both_doors_fuse_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +190,8 @@ def test_exports_and_packages_ahead_of_time(tmp_path: Path) -> None:
     torch.testing.assert_close(exported.module()(TOKENS), expected)
     targets = Counter(str(node.target) for node in exported.graph.nodes)
     assert targets["qpc.trellis_linear.default"] == targets["qpc.rotate.default"] == 8, "one for each group"
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    once = {"aot_inductor.precompile_headers": False}  # each takes the time of two files, and is read by one
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"), inductor_configs=once)
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,10 +8,12 @@ import torch
 
 from tests.kernels import attention_cases, large_batch_cases
 from tests.kernels.cases import SMALL, cases
+from tests.kernels.interpreting import without_waste
 
 
 def main() -> int:
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before Triton is imported"
+    without_waste()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     count = failed = 0

@@ -11,6 +11,6 @@ pytest.importorskip("triton", reason="Triton interprets the kernels")
 
 def test_kernels_match_oracles() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.interpreted"], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.interpreted"], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout

@@ -1,6 +1,7 @@
 """The kernels that write operands: how they are cut, and what their machine code is. They run in `benchmarks check`."""
 
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -89,12 +90,17 @@ def test_rows_of_several_blocks_take_another_way() -> None:
     assert transform_hopper.cut(4096, 256, norm=False) is None and transform.plan(4096, 256) is None
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+WIDTHS = product((320, 6144), ("rotation", "behind a norm"), ARCHITECTURES)
+"""Narrow and wide inner factors."""
+
+
 @pytest.mark.parametrize(
-    ("features", "front"),
-    [*((features, front) for features in (576, 14336) for front in ("rotation", "behind a norm")), (1536, "behind a gate by silu")],
+    ("features", "front", "architecture"),
+    [*WIDTHS, (14336, "behind a norm", 90), *product((1536,), ("behind a gate by silu",), ARCHITECTURES)],
+    ids=str,
 )
 def test_plain_kernel_spills_nothing(features: int, front: str, architecture: int) -> None:
+    """Triton takes the square of the rows of the outer factor in time: one case has many of them, 28."""
     plan = transform.plan(features, features)
     assert plan is not None
     constants = {"OUTER": plan.outer, "POWER": plan.power, "STAGES": plan.power.bit_length() - 1, "MEMBERS": plan.members}

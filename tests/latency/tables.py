@@ -69,9 +69,15 @@ def of_palette() -> list[Row]:
 
 @st.composite
 def noisy(draw: st.DrawFn, gaps: bool = True) -> list[Row]:
-    """Rows whose times are off by up to a third, with some rows missing."""
+    """Rows whose times are off by up to a third, with some rows missing; but never all of a batch in one table, which would refuse it."""
     rows = full()
     noise = draw(st.lists(st.integers(-30, 30), min_size=len(rows), max_size=len(rows)))
     missing = draw(st.sets(st.integers(1, len(rows) - 1), max_size=20)) if gaps else set()
     made = [{**row, "us": row["us"] * (1 + percent / 100)} for row, percent in zip(rows, noise, strict=True)]
-    return [row for index, row in enumerate(made) if index not in missing]
+    left = {_line(row) for index, row in enumerate(made) if index not in missing}
+    return [row for index, row in enumerate(made) if index not in missing or _line(row) not in left]
+
+
+def _line(row: Row) -> tuple[object, int]:
+    """The table of a row, and its batch."""
+    return row.get("family"), row["batch"]

@@ -34,7 +34,7 @@ from tests.latency.tables import (
 )
 from tests.toy import ToyQuantizer
 
-FEW = settings(deadline=None, max_examples=50)
+FEW = settings(max_examples=50)
 SIZES = st.integers(1, 40_000)
 MIXTURES = [MixedRateQuantizer(ToyQuantizer(b), ToyQuantizer(b + 1), Fraction(i, 4)) for b in range(1, 6) for i in (1, 2, 3)]
 QUANTIZERS: list[Quantizer] = sorted([*MIXTURES, *(ToyQuantizer(bits) for bits in range(1, 7))], key=lambda q: q.rate)

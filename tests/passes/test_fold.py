@@ -208,7 +208,7 @@ class Residual(nn.Module):
         return torch.tanh(self.head(stream))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(2, 80), st.integers(1, 40), st.booleans(), st.one_of(st.none(), st.sampled_from([1, 4, 16])))
 def test_streams_of_any_width(width: int, inner: int, tied: bool, limit: int | None) -> None:
     torch.manual_seed(width)
@@ -222,7 +222,7 @@ def test_streams_of_any_width(width: int, inner: int, tied: bool, limit: int | N
     assert any("norm.weight" in remark.subject for remark in result.remarks) == tied
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 48), st.integers(1, 3), st.integers(0, 5), st.booleans())
 def test_a_fold_undoes_a_rotation_of_the_inputs_and_makes_one_of_the_outputs(
     width: int, blocks: int, before: int, transposed: bool

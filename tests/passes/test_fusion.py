@@ -193,7 +193,7 @@ class Wired(nn.Module):
         return torch.stack(values).sum(0)
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.none() | st.integers(0, 7)), min_size=2, max_size=7))
 def test_groups_of_random_graphs_are_legal_and_maximal(wiring: list[tuple[int, int | None]]) -> None:
     program = fused(Wired(wiring).eval())

@@ -50,7 +50,7 @@ def time(model: LatencyModel, groups: list[tuple[str, ...]], chosen: dict[str, Q
 
 
 @given(st.lists(st.integers(1, 20), min_size=4, max_size=4), st.integers(0, 100), st.booleans())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_no_plan_within_the_limit_is_better(weights: list[int], percent: int, same: bool) -> None:
     """Against all quantizers in all groupings."""
     given_ = sensitivities(**{name: float(weight) for name, weight in zip(SHAPES, weights, strict=True)})
@@ -77,7 +77,7 @@ def test_no_plan_within_the_limit_is_better(weights: list[int], percent: int, sa
 
 
 @given(st.lists(st.integers(1, 20), min_size=4, max_size=4), st.integers(0, 100))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_fusing_with_the_choice_is_never_worse_than_after_it(weights: list[int], percent: int) -> None:
     given_ = sensitivities(**{name: float(weight) for name, weight in zip(SHAPES, weights, strict=True)})
     singles = [(name,) for name in SHAPES]
@@ -155,7 +155,7 @@ LEAST = Budget(Fraction(1), 1, Fraction(1, 10**6), Fraction(1, 10**9))
 @given(
     st.lists(st.sampled_from(list(LEAST.limits)), min_size=1, max_size=4, unique=True), st.lists(st.integers(1, 60), min_size=4, max_size=4)
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_budget_that_a_refusal_names_can_be_kept(names: list[str], factors: list[int]) -> None:
     """Each with the limits that the message puts before it."""
     scaled = {name: factor * value for (name, value), factor in zip(LEAST.limits.items(), factors, strict=True)}

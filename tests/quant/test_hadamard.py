@@ -25,7 +25,7 @@ def test_sizes_without_a_matrix_fall_back(features: int, block: int) -> None:
 
 
 @given(st.integers(1, 40000))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_block_divides_and_factors(features: int) -> None:
     block = block_size(features)
     base, power = factors(block)
@@ -53,7 +53,7 @@ def test_turyn_type_sequences(n: int) -> None:
 
 
 @given(st.integers(1, 40000), st.integers(1, 40000))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_limited_blocks_divide_features_and_limit(features: int, limit: int) -> None:
     block = block_within(features, limit)
     assert block <= limit and features % block == 0 and (block == block_size(features) or limit % block == 0)
@@ -130,7 +130,7 @@ def test_factors_made_in_inference_mode_serve_autograd() -> None:
 
 
 @given(st.integers(1, 700), st.integers(0, 100))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_rotation_inverts_and_keeps_products(features: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rotation = Rotation.random(features, generator)

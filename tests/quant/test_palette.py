@@ -144,7 +144,7 @@ def test_malformed_forms_are_refused(value: object) -> None:
 
 
 @given(st.integers(16, 96), st.integers(1, 70), st.integers(1, 400), st.sampled_from(Effort))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_sixteenth_packs_and_unpacks(sixteenths: int, rows: int, columns: int, effort: Effort) -> None:
     """Any bits are a packed weight of any shape: it decodes to finite values, part by part, in the bytes that were promised."""
     quantizer = trellis_at(Fraction(sixteenths, 16), effort)

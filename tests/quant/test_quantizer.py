@@ -59,7 +59,7 @@ def test_distortion_of_long_windows(step_bits: int, window_bits: int) -> None:
 
 
 @given(st.sampled_from(PALETTE), st.integers(1, 70), st.integers(1, 150), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_shapes_and_bytes(quantizer: Quantizer, rows: int, columns: int, rotate: bool) -> None:
     weight = gaussian(rows, columns, seed=rows * 1000 + columns)
     rotation = Rotation.random(columns, torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_shapes_and_bytes(quantizer: Quantizer, rows: int, columns: int, rotate:
 
 
 @given(st.sampled_from(PALETTE), st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]), st.integers(1, 40))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_any_magnitude(quantizer: Quantizer, size: float, columns: int) -> None:
     """The size of a row changes nothing but its scale, and rows of zeros stay so."""
     weight = gaussian(20, columns)

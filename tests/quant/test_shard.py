@@ -27,7 +27,7 @@ QUANTIZERS = (
 
 
 @given(st.sampled_from(QUANTIZERS), st.integers(1, 200), st.integers(1, 150), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_range_decodes_to_the_range(quantizer: Quantizer, height: int, width: int, data: st.DataObject) -> None:
     whole = coded(quantizer, height, width)
     axes = []

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from qpc.cost import Choice, Cost
 from qpc.errors import SolverError
 from qpc.solver import InfeasibleError, Item, Limits, Resource, Status, solve
-from tests.solver.instances import cost_of
+from tests.solver.instances import cost_of, solved_in
 from tests.toy import ToyQuantizer
 
 COSTS = st.builds(Cost, st.integers(0, 60), st.one_of(st.floats(0, 10), st.integers(0, 4).map(float)))
@@ -32,7 +31,7 @@ def smallest_bytes(items: list[Item]) -> int:
     return solve(items, Limits(), objective=Resource.BYTES).cost.weight_bytes
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TABLES, st.integers(0, 250), st.sampled_from((1, 16, 1_000_003)))
 def test_equals_brute_force(tables: list[list[Cost]], budget: int, unit: int) -> None:
     items = items_of(tables, unit)
@@ -72,9 +71,7 @@ def large_instance(seed: int, linears: int, rates: int) -> tuple[list[Item], int
 @pytest.mark.parametrize("bits", [1.6, 2.0, 3.25, 4.0, 7.9])
 def test_a_large_model_is_solved_in_seconds_to_a_small_gap(bits: float) -> None:
     items, weights = large_instance(seed=1, linears=224, rates=27)
-    start = time.perf_counter()
-    found = solve(items, Limits(int(bits * weights / 8)), relative_gap=1e-6)
-    assert time.perf_counter() - start < 5
+    found = solved_in(5, items, Limits(int(bits * weights / 8)), relative_gap=1e-6)
     assert found.gap <= 1e-6
     assert found.status is Status.OPTIMAL
     assert found.cost.weight_bytes <= int(bits * weights / 8)

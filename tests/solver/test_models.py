@@ -1,15 +1,12 @@
 """Whole models: the gap that is asked for in seconds, limits kept, gaps honest where the search is stopped."""
 
-import time
-
 import pytest
 
 from benchmarks.allocation import GROUPS, MODELS, items_of
 from qpc.solver import Allocation, InfeasibleError, Item, Limits, Resource, Rules, Status, solve
-from tests.solver.instances import cost_of, keeps
+from tests.solver.instances import PATIENCE_S, cost_of, keeps, solved_in
 
 SMALL, LARGE = MODELS
-ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +24,7 @@ def limits_of(bits: float, share: float) -> Limits:
 @pytest.mark.parametrize(("bits", "share"), [(2.5, 1.05), (3.25, 0.97), (3.25, 1.0), (4.5, 1.02)])
 def test_two_limits_to_a_twentieth_of_a_percent(items: list[Item], bits: float, share: float) -> None:
     limits = limits_of(bits, share)
-    for _ in range(ATTEMPTS):
-        started_s = time.process_time()
-        found = solve(items, limits, relative_gap=5e-4)
-        elapsed_s = time.process_time() - started_s
-        if elapsed_s < 4:
-            break
-    assert elapsed_s < 4, "the quickest attempt: a core that others use is slower"
+    found = solved_in(4, items, limits, relative_gap=5e-4)
     assert found.status is Status.OPTIMAL
     assert 0 <= found.gap <= 5e-4
     assert cost_of(items, found) == found.cost
@@ -44,9 +35,7 @@ def test_the_largest_model_takes_seconds() -> None:
     items = items_of(LARGE, seed=3)
     size = int(3.25 / 8 * LARGE.layers * sum(out * into for out, into in LARGE.linears.values()))
     limits = Limits(size, int(size / 2.85 + LARGE.layers * 4 * 5e6))
-    started_s = time.process_time()
-    found = solve(items, limits)
-    assert time.process_time() - started_s < 10
+    found = solved_in(10, items, limits)
     assert found.gap <= 1e-4
     assert cost_of(items, found) == found.cost
     assert keeps(found.cost, limits)
@@ -74,7 +63,7 @@ def test_rules_cost_what_they_must(items: list[Item]) -> None:
     alike = solve(items, limits, rules=Rules(alike=groups), relative_gap=5e-4)
     assert free.lower_bound <= alike.cost.distortion
     assert all(len({alike.choices[site] for site in group}) == 1 for group in groups)
-    few = [solve(items, limits, rules=Rules(most_quantizers=most), time_limit_s=1.0) for most in (8, 3)]
+    few = [solve(items, limits, rules=Rules(most_quantizers=most), relative_gap=0.02, time_limit_s=PATIENCE_S) for most in (8, 3)]
     for most, found in zip((8, 3), few, strict=True):
         assert len(set(found.choices.values())) <= most
         assert keeps(found.cost, limits)

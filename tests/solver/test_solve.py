@@ -13,7 +13,7 @@ from qpc.solver import InfeasibleError, Item, Limits, Resource, Rules, Status, s
 from tests.solver.instances import Possible, cost_of, keeps, limited
 from tests.toy import ToyQuantizer
 
-MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+MANY = settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 RESOURCES = st.sampled_from(list(Resource))
 Problem = tuple[list[Item], list[Possible], Limits]
 

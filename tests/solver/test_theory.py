@@ -16,7 +16,7 @@ from tests.solver.test_knapsack import TABLES, items_of, smallest_bytes
 LINEARS = st.lists(st.tuples(st.floats(1e-6, 1e3), st.integers(1, 10**9)), min_size=1, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LINEARS, st.floats(0, 12))
 def test_water_filling_spends_the_bits_at_one_level(linears: list[tuple[float, int]], bits: float) -> None:
     """The conditions of Karush, Kuhn and Tucker, which are sufficient: the problem is convex."""
@@ -32,7 +32,7 @@ def test_water_filling_spends_the_bits_at_one_level(linears: list[tuple[float, i
     assert found.loss == pytest.approx(sum(a * 2 ** (-2 * r) for a, r in zip(sensitivities, found.rates, strict=True)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(LINEARS, st.floats(0, 8), st.lists(st.floats(0.01, 1), min_size=12, max_size=12))
 def test_no_rates_of_the_same_bits_lose_less(linears: list[tuple[float, int]], bits: float, shares: list[float]) -> None:
     sensitivities, weights = zip(*linears, strict=True)
@@ -56,7 +56,7 @@ def test_malformed_linears_are_refused(sensitivities: list[float], weights: list
         water_filling(sensitivities, weights, 1.0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TABLES, st.integers(0, 250))
 @example([[Cost(0, 1.0), Cost(1, 2.0**-24), Cost(1, 0.0)], [Cost(0, 2.0**-24), Cost(1, 0.0)]], 2)
 def test_the_palette_bound_is_the_linear_program(tables: list[list[Cost]], budget: int) -> None:
@@ -82,7 +82,7 @@ def test_the_palette_bound_is_the_linear_program(tables: list[list[Cost]], budge
     assert bound <= found.cost.distortion * (1 + 1e-12) + 1e-15
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(1e-3, 10), st.integers(1, 50)), min_size=1, max_size=6), st.integers(1, 6), st.data())
 def test_the_bounds_stand_in_order(linears: list[tuple[float, int]], bits: int, data: st.DataObject) -> None:
     """Quantizers that keep Shannon's bound, in whole bytes: Gaussian bound, palette bound, and plan."""

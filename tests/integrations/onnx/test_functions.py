@@ -47,7 +47,7 @@ def short(scales: torch.Tensor) -> Array:
     return scales.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(2, 12), st.integers(6, 13))
 def test_codebook_of_a_trellis_is_bit_exact(step_bits: int, suffix_bits: int) -> None:
     part = TrellisQuantizer(step_bits, min(step_bits + suffix_bits, 18))
@@ -111,7 +111,7 @@ def test_lookup_decodes_rows_bit_for_bit(family: str) -> None:
     assert np.array_equal(made[..., :50], expected.numpy())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from([1, 2, 7, 12, 24, 60, 64, 100, 576, 1536, 4096]), st.booleans())
 def test_rotations_and_their_inverses(features: int, doubled: bool) -> None:
     rotation = Rotation.random(features * (2 if doubled else 1), torch.Generator().manual_seed(features), block_size(features))

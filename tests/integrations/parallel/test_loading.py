@@ -24,7 +24,7 @@ from tests.families import decoder
 from tests.integrations.parallel.worker import code_bytes, continued, stored_bytes
 
 ROOT = Path(__file__).parents[3]
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 """Of logits in float32, relative to the largest: what another order of summation may change."""
