@@ -75,5 +75,5 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 
 def unpack_signs(signs: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     """Expand packed sign bits (uint8, least significant bit first) to +1 and -1: [features]."""
-    bits = (signs[:, None] >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1
-    return 1 - 2 * bits.reshape(-1)[:features].to(dtype)
+    bits = torch.bitwise_and(signs[:, None], 2 ** torch.arange(8, device=signs.device, dtype=torch.uint8))  # ONNX has no shift here
+    return torch.where(bits.flatten()[:features] == 0, 1.0, -1.0).to(dtype)

@@ -198,8 +198,10 @@ def test_what_is_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "out"]
 
 
-def test_folded_models_keep_their_turned_gains(tmp_path: Path) -> None:
-    compiled = qpc.compile(FAMILIES["llama"](), budget=4, effort="fast", fold=True, calibration=None, tune="off")
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_folded_models_keep_their_turned_gains(family: str, tmp_path: Path) -> None:
+    """A table that is the output head too turns what it gives in the graph."""
+    compiled = qpc.compile(FAMILIES[family](), budget=4, effort="fast", fold=True, calibration=None, tune="off")
     made = exported(compiled, tmp_path, cache=False)
     ids = tokens(2, 9)
     close(made.logits(ids), made.expected(ids))
