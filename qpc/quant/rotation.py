@@ -75,5 +75,6 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 
 def unpack_signs(signs: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     """Expand packed sign bits (uint8, least significant bit first) to +1 and -1: [features]."""
-    bits = torch.bitwise_and(signs[:, None], 2 ** torch.arange(8, device=signs.device, dtype=torch.uint8))  # ONNX has no shift here
+    places = 2 ** torch.arange(8, device=signs.device, dtype=torch.int32)  # no shift: ONNX has none that takes these
+    bits = torch.bitwise_and(signs[:, None].int(), places)
     return torch.where(bits.flatten()[:features] == 0, 1.0, -1.0).to(dtype)
