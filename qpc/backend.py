@@ -4,6 +4,7 @@ Dynamo hands over one graph per frame and shape. The weights are decided and pac
 `qpc.compile`, so both doors give the same numbers); each graph then adopts them, is lowered, and goes on to an inner backend.
 """
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,12 +171,13 @@ def _outside_dynamo() -> Iterator[None]:
 
 
 def _frame_module() -> nn.Module | None:
-    """The module whose forward Dynamo is compiling, if the frame is a method of one."""
+    """The module whose forward Dynamo is compiling, if the frame is a method of one, or a decorator around it that takes what it is given."""
     try:
         root = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:  # called by hand, not by Dynamo
         return None
-    owner = root.f_locals.get("self")
+    names, rest, _ = inspect.getargs(root.f_code)
+    owner = root.f_locals.get(names[0]) if names else next(iter(root.f_locals.get(rest, ())), None)
     return owner if isinstance(owner, nn.Module) else None
 
 
