@@ -171,7 +171,7 @@ def _outside_dynamo() -> Iterator[None]:
 
 
 def _frame_module() -> nn.Module | None:
-    """The module whose forward Dynamo is compiling, if the frame is a method of one, or a decorator around it that takes what it is given."""
+    """The module whose forward Dynamo is compiling, if the frame is a method of one or a decorator around it, whatever that calls it."""
     try:
         root = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:  # called by hand, not by Dynamo

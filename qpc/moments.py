@@ -57,10 +57,11 @@ class Sum:
         self.weight += float(counts.sum(dtype=torch.float64))
 
     def moment(self) -> Moment | None:
-        """The mean; None if nothing was added."""
-        if self.total is None or self.count == 0:
+        """The mean, in the place of the sum, of which nothing is left; None if nothing was added."""
+        total, self.total = self.total, None
+        if total is None or self.count == 0:
             return None
-        return Moment(self.total / self.weight if self.weight > 0 else self.total, self.count)
+        return Moment(total.div_(self.weight) if self.weight > 0 else total, self.count)
 
 
 @dataclass

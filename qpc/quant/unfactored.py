@@ -1,6 +1,6 @@
 """What error feedback is made of: making it is a pure function, which may be evaluated where and when there is room for its result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qpc.quant.feedback import Feedback, StackFeedback
@@ -38,13 +38,23 @@ class Unfactored:
         """
         moments = list(self.moments)
         self.moments = ()
-        for index, moment in enumerate(moments):
-            moments[index] = moment if self.rotation is None else moment.rotated(self.rotation)
-            del moment
+        if self.rotation is not None:
+            moments = _rotated(moments, self.rotation)
         if self.stacked:
             return StackFeedback.of(moments)
         found = Feedback.of(moments.pop(), self.damping)
         return found if self.gradients is None else found.and_of(self.gradients)
+
+
+def _rotated(moments: list[Moment], rotation: Rotation) -> list[Moment]:
+    """All moments rotated, matrix after matrix, each dropped as soon as it is. Leaves the list empty."""
+    found = []
+    while moments:
+        moment = moments.pop(0)
+        held_out, moment = moment.held_out, replace(moment, held_out=None)
+        held_out = None if held_out is None else held_out.rotated(rotation)
+        found.append(replace(moment.rotated(rotation), held_out=held_out))
+    return found
 
 
 def factored(source: Unfactored) -> Feedback | StackFeedback:
