@@ -177,7 +177,7 @@ def _frame_module() -> nn.Module | None:
     except AttributeError:  # called by hand, not by Dynamo
         return None
     names, rest, _ = inspect.getargs(root.f_code)
-    owner = root.f_locals.get(names[0]) if names else next(iter(root.f_locals.get(rest, ())), None)
+    owner = root.f_locals.get(names[0]) if names else next(iter(root.f_locals.get(rest or "", ())), None)
     return owner if isinstance(owner, nn.Module) else None
 
 
