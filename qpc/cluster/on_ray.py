@@ -178,10 +178,11 @@ class _Tasks(Generic[K]):
             raise ClusterError(f"{reason}; see the logs of Ray, and whether its machines have enough memory") from error
 
     def cancel(self) -> None:
-        """Leave what is under way, unless Ray has ended before."""
+        """Leave what is under way, unless Ray has ended before. Workers end with it: one that is interrupted within an import goes on with
+        half a module, for whoever comes next."""
         for task in self.running if self._ray.is_initialized() else ():
             with suppress(self._ray.exceptions.RayError):
-                self._ray.cancel(task)
+                self._ray.cancel(task, force=True)
 
 
 def _evaluate(conditions: Conditions, device: torch.device, cores: int, function: Callable[[Any], Any], bundle: Bundle) -> Bundle:

@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Timer
@@ -157,6 +159,24 @@ def test_items_wait_until_there_is_room(count: int, shape: tuple[int, ...], most
         keys.append(key)
     assert sorted(keys) == list(range(count))
     assert max(ahead) == most + 1, "one more is made, and waits here"
+
+
+def test_workers_end_with_what_is_left_under_way(machines: Machines, tmp_path: Path) -> None:
+    """Interrupted in the midst of an import, they would go on with half a module."""
+    left = RayWorkers().on(CPU)(nap, [(0, tmp_path), (1, None)])
+    assert next(left) == (1, None)
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.1)
+    left.close()  # type: ignore[attr-defined]
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(next(tmp_path.iterdir()).name)).wait(60)
+
+
+def nap(directory: Path | None) -> None:
+    """What takes long, and leaves the number of its process, if it is given a place to note that."""
+    if directory is not None:
+        (directory / str(os.getpid())).touch()
+        time.sleep(600)
 
 
 def test_errors_of_a_task_are_those_of_the_function(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
