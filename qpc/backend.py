@@ -171,13 +171,15 @@ def _outside_dynamo() -> Iterator[None]:
 
 
 def _frame_module() -> nn.Module | None:
-    """The module whose forward Dynamo is compiling, if the frame is a method of one or a decorator around it, whatever that calls it."""
+    """The module whose forward Dynamo is compiling, if the frame is a method of one, or a decorator around it that takes only `*args`."""
     try:
         root = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:  # called by hand, not by Dynamo
         return None
+    owner = root.f_locals.get("self")
     names, rest, _ = inspect.getargs(root.f_code)
-    owner = root.f_locals.get(names[0]) if names else next(iter(root.f_locals.get(rest or "", ())), None)
+    if not names:
+        owner = next(iter(root.f_locals.get(rest or "", ())), None)
     return owner if isinstance(owner, nn.Module) else None
 
 

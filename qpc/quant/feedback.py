@@ -66,8 +66,8 @@ class Feedback:
         """Factor the second moment of a linear's inputs.
 
         moment: in the basis of the weight, of any rank. damping: by default the best for the held-out part of the moment, if it has one.
-        block: columns that are rounded together. If this holds the only reference to the moment, no more than four matrices of its size in
-        float32 are held at any time.
+        block: columns that are rounded together. If this holds the only reference to the moment, about four matrices of its size in float32
+        are held at most.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """

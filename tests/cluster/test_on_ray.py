@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Timer
@@ -165,11 +164,15 @@ def test_workers_end_with_what_is_left_under_way(machines: Machines, tmp_path: P
     """Interrupted in the midst of an import, they would go on with half a module."""
     left = RayWorkers().on(CPU)(nap, [(0, tmp_path), (1, None)])
     assert next(left) == (1, None)
-    while not list(tmp_path.iterdir()):
+    for _ in range(600):
+        if list(tmp_path.iterdir()):
+            break
         time.sleep(0.1)
+    (note,) = tmp_path.iterdir()
+    worker = psutil.Process(int(note.name))
     left.close()  # type: ignore[attr-defined]
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(next(tmp_path.iterdir()).name)).wait(60)
+    _, alive = psutil.wait_procs([worker], timeout=60)
+    assert not alive
 
 
 def nap(directory: Path | None) -> None:
