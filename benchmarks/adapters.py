@@ -21,10 +21,10 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of multiplying on integer tensor cores; by default the one that the operators take."""
+    """A way of multiplying on integer tensor cores; by default the one that the operators take. finish: None is what plans say."""
 
     product: Product = Product.MMA
-    finish: Finish = Finish.BY_FOUR
+    finish: Finish | None = None
 
     def takes(self, batch: int) -> bool:
         """Whether it multiplies so many rows."""
@@ -33,7 +33,11 @@ class Variant:
     @property
     def columns(self) -> dict[str, str | int]:
         """Columns of a row of results, none for the default."""
-        return {} if self == DEFAULT else {"product": str(self.product), "finish_rows": self.finish.value}
+        return {} if self == DEFAULT else {"product": str(self.product), "finish": str(self.finish or "as plans say")}
+
+    def of(self, cut: fused.Plan) -> fused.Plan:
+        """A plan with what this varies."""
+        return replace(cut, product=self.product, finish=self.finish or cut.finish)
 
 
 DEFAULT = Variant()
@@ -52,7 +56,7 @@ def multiplications(weights: list[RandomWeight], x: Tensor, variant: Variant = D
     if reads_operand(weights[0].parts, x):
         words, scales = pack_operand(x)
         cut = fused.plan_of(list(weights[0].codes), weights[0].parts, words.shape[1], x.device)
-        cut = replace(cut, product=variant.product, finish=variant.finish)
+        cut = variant.of(cut)
         words = in_cores(words) if variant.product is Product.WGMMA else words
         return [
             partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype, cut)

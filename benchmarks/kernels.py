@@ -5,7 +5,7 @@ preset, rate, batch, out_features, in_features; us, us_p20, us_p80 of one multip
 where integer tensor cores multiply); bytes of codes and scales; bandwidth_share, these bytes over the time and the read bandwidth;
 max_rel_error, as `timing.relative_error` defines it; bf16_us of `F.linear`, int4_us of PyTorch's int4 product, and one column for each
 other library that is installed (`benchmarks.baselines`). At the end the sums over the four linears of a decoder layer, and how many times
-faster than bf16 they are. Under four minutes; --quick (four rates, batches up to 8, two baselines) under two. --product and --finish-rows
+faster than bf16 they are. Under four minutes; --quick (four rates, batches up to 8, two baselines) under two. --product and --finish
 measure another variant of the multiplication at the four rates, and have columns of their own then.
 """
 

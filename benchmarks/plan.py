@@ -97,15 +97,15 @@ def options_of(
 
 def add_variant(parser: argparse.ArgumentParser) -> None:
     """Options of what multiplies on integer tensor cores."""
-    products, finishes = [str(each) for each in Product], [each.value for each in Finish]
+    products, finishes = [str(each) for each in Product], [str(each) for each in Finish]
     parser.add_argument("--product", choices=products, default=str(DEFAULT.product), help="instruction that multiplies (%(default)s)")
-    text = "rows of the batch whose sums are put together at a time (%(default)s)"
-    parser.add_argument("--finish-rows", type=int, choices=finishes, default=DEFAULT.finish.value, help=text)
+    parser.add_argument("--finish", choices=finishes, help="how sums are put together (as plans say)")
 
 
 def variant_of(options: argparse.Namespace) -> Variant:
     """What the options of `add_variant` ask for."""
-    return Variant(Product(options.product), Finish(options.finish_rows))
+    finishes = {str(each): each for each in Finish}
+    return Variant(Product(options.product), finishes[options.finish] if options.finish else None)
 
 
 @dataclass(frozen=True)

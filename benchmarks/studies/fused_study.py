@@ -82,7 +82,7 @@ def plans(
             continue
         cut = fused.cut_for(warpgroups, depth, block_rows, widths, words, rows, programs, even, stages, registers)
         if cut.resident * count >= programs and fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024:
-            found.append(cut)
+            found.append(replace(cut, finish=default.finish))
     return list(dict.fromkeys(found))
 
 
@@ -106,7 +106,7 @@ def _grid(weights: Any, batch: int, device: torch.device, quick: bool, variant: 
     rows, count, words = operand_rows(batch), processors(device), tuple(map(fused.words_of, weight.parts))
     default = fused.plan(weight.codes[0].shape[0], widths, words, rows, count)
     found = [default] if quick else plans(default, weight.codes[0].shape[0], widths, bits, words, rows, count)
-    varied = [replace(cut, product=variant.product, finish=variant.finish) for cut in found]
+    varied = [variant.of(cut) for cut in found]
     return [cut for cut in varied if fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024]
 
 

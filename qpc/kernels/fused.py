@@ -7,7 +7,7 @@ Equal input gives equal output.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 
@@ -90,14 +90,24 @@ def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dt
 
 
 class Finish(Enum):
-    """How programs put their sums together: for how many rows of the batch at a time, and whether the lanes of a warp wait for each other.
+    """How programs put their sums together.
 
-    TOGETHER has half as many rounds of waiting for more than four rows, and fewer instructions in the loop that multiplies
-    (`fused_ptx.poll`). It was never timed.
+    rows: of the batch at a time, so that more take more rounds of waiting. votes: whether the lanes of a warp wait for each other, which
+    leaves fewer instructions in the loop that multiplies (`fused_ptx.poll`). wide: whether neighbouring sums of a lane are left and read by
+    one instruction. No plan chooses what is wide before it was timed.
     """
 
-    BY_FOUR = 4
-    TOGETHER = 8
+    BY_FOUR = (4, False, False)
+    TOGETHER = (8, True, False)
+    WIDE_BY_FOUR = (4, True, True)
+    WIDE = (8, True, True)
+
+    def __init__(self, rows: int, votes: bool, wide: bool) -> None:
+        self.rows, self.votes, self.wide = rows, votes, wide
+
+    def __str__(self) -> str:
+        """The name that options take."""
+        return self.name.lower().replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -106,8 +116,8 @@ class Plan:
 
     warpgroups: of a program. depth: column blocks that a warpgroup takes in one turn. programs: for each part of the weight.
     chunk_bytes: of the operand that are copied to shared memory at a time. stages: slots of the ring of codes of a warp.
-    registers: of a thread at most. product: `Product.WGMMA` takes an operand in its own order. Neither it nor another finish is chosen
-    before it was timed.
+    registers: of a thread at most. product: `Product.WGMMA` takes an operand in its own order; it was no faster for 8 rows, and none is
+    chosen.
     """
 
     warpgroups: int
@@ -150,7 +160,9 @@ def plan(block_rows: int, widths: tuple[int, ...], words: tuple[int, ...], opera
     else:
         cuts, programs = WHOLE, multiprocessors
     warpgroups, depth = next(cut for cut in cuts if all(width % (cut[0] * cut[1]) == 0 for width in widths))
-    return cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even)
+    found = cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, even)
+    together = operand_rows <= 4 or (operand_rows <= 8 and 2 * groups >= multiprocessors)
+    return replace(found, finish=Finish.TOGETHER) if together else found
 
 
 def cut_for(
@@ -227,7 +239,7 @@ def exchange_bytes(warpgroups: int, operand_rows: int, rows: int) -> int:
 def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
     """Shared memory of a program."""
     rings = 4 * cut.warpgroups * cut.stages * cut.depth * 64 * step_bits
-    exchange = exchange_bytes(cut.warpgroups, operand_rows, cut.finish.value)
+    exchange = exchange_bytes(cut.warpgroups, operand_rows, cut.finish.rows)
     return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange + rings
 
 
@@ -272,7 +284,7 @@ def multiply(
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
         UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
         OPERAND_ROWS=operand_rows, HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, BY_WARPGROUP=cut.product is Product.WGMMA,
-        FINISH_ROWS=cut.finish.value,
+        FINISH_ROWS=cut.finish.rows, VOTES=cut.finish.votes, WIDE=cut.finish.wide,
         num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
     )  # fmt: skip
     return out

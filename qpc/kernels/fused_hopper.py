@@ -45,6 +45,8 @@ from qpc.kernels.fused_ptx import (
     poll,
     poll_constraints,
     polled,
+    publish,
+    publish_constraints,
     types,
 )
 from qpc.kernels.warpgroup import distance
@@ -60,6 +62,7 @@ _PUBLISH, _OF_LANE_0, _PREFETCH = gl.constexpr(PUBLISH), gl.constexpr(OF_LANE_0)
 _head_bytes, _exchange_bytes = gluon.constexpr_function(head_bytes), gluon.constexpr_function(exchange_bytes)
 _types = gluon.constexpr_function(types)
 _poll, _poll_constraints = gluon.constexpr_function(poll), gluon.constexpr_function(poll_constraints)
+_publish, _publish_constraints = gluon.constexpr_function(publish), gluon.constexpr_function(publish_constraints)
 _polled, _distance = gluon.constexpr_function(polled), gluon.constexpr_function(distance)
 
 
@@ -123,23 +126,26 @@ def _exchange(sums, TILE: gl.constexpr, batch, to, lane, warpgroup, warp_row, TI
 
 @gluon.jit
 def _add_and_store(
-    total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE: gl.constexpr,
-    HAS_BIAS: gl.constexpr, ELEMENTS: gl.constexpr, TOGETHER: gl.constexpr,
+    total, place, there, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ELEMENTS: gl.constexpr, VOTES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Add the sums of the programs before and free their places; apply the scales of activation and rows, add the bias, round once."""
+    """Add the sums of the programs before and free their places; apply the scales of activation and rows, add the bias, round once.
+
+    there: whether a place has sums. mask: whether they are of an element of the result.
+    """
     factor = gl.load(operand_scales + item, mask=mask, other=0.0) * gl.load(scales + row, mask=mask, other=0.0).to(gl.float32)
     added = gl.zeros_like(factor)
     if HAS_BIAS:
         added = gl.load(bias + row, mask=mask, other=0.0).to(gl.float32)
     others = gl.zeros_like(factor)
-    AT_ONCE: gl.constexpr = _polled(ELEMENTS, TOGETHER)
+    AT_ONCE: gl.constexpr = _polled(ELEMENTS, VOTES)
     CONSTRAINTS: gl.constexpr = _poll_constraints(ELEMENTS, AT_ONCE)
     for other in range(0, place_in_group, AT_ONCE):
         count = gl.zeros_like(item) + (place_in_group - other)
         from_place, stride = place - (place_in_group - other) * STRIDE, gl.full_like(item, 4 * STRIDE).to(gl.int64)
         found = gl.inline_asm_elementwise(
-            _poll(ELEMENTS, AT_ONCE, TOGETHER), CONSTRAINTS, [from_place, mask.to(gl.int32), count, stride], _types(AT_ONCE), is_pure=False,
-            pack=ELEMENTS,
+            _poll(ELEMENTS, AT_ONCE, VOTES, WIDE), CONSTRAINTS, [from_place, there.to(gl.int32), count, stride], _types(AT_ONCE),
+            is_pure=False, pack=ELEMENTS,
         )  # fmt: skip
         for each in gl.static_range(AT_ONCE):
             others += found[each].to(gl.float32, bitcast=True)
@@ -148,10 +154,21 @@ def _add_and_store(
 
 
 @gluon.jit
+def _leave(place, there, total, ELEMENTS: gl.constexpr, WIDE: gl.constexpr):
+    """Leave sums for another program."""
+    arguments = [place, there.to(gl.int32), total.to(gl.int32, bitcast=True)]
+    if WIDE:
+        CONSTRAINTS: gl.constexpr = _publish_constraints(ELEMENTS)
+        gl.inline_asm_elementwise(_publish(ELEMENTS), CONSTRAINTS, arguments, gl.uint32, is_pure=False, pack=ELEMENTS)
+    else:
+        do(_PUBLISH, "=r,l,r,r", arguments)
+
+
+@gluon.jit
 def _finish(
     TILE: gl.constexpr, group, first_place, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
     IS_LAST: gl.constexpr, EXCHANGE: gl.constexpr, UNIT: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    WARPGROUPS: gl.constexpr, ITEMS: gl.constexpr, TOGETHER: gl.constexpr,
+    WARPGROUPS: gl.constexpr, ITEMS: gl.constexpr, VOTES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Add up what the warpgroups left for ITEMS rows of the batch. Then leave that for another program, or add what others left and store.
 
@@ -163,6 +180,7 @@ def _finish(
     index = gl.arange(0, COVERED * _ROWS, gl.BlockedLayout([ELEMENTS], [32], [4 * WARPGROUPS], [0]))
     item, row = TILE * 4 + index // _ROWS, group * _ROWS + index % _ROWS
     mask = (item < batch) & (row < out_features)
+    there = (item < batch) if WIDE else mask  # the same for neighbouring rows: those behind the last feature have sums that nobody needs
     at = gl.inline_asm_elementwise(_SHARED, "=r,r", [index], gl.uint32, is_pure=False, pack=1)
     at += EXCHANGE + ((gl.minimum(index // _ROWS, ITEMS - 1) * _STRIDE + index % _ROWS) * 4).to(gl.uint32)
     total = gl.zeros_like(index).to(gl.float32)
@@ -173,13 +191,13 @@ def _finish(
     if IS_LAST:  # otherwise no branch: Triton 3.6 cannot translate one that is never taken
         if finishes:
             _add_and_store(
-                total, place, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE, HAS_BIAS, ELEMENTS,
-                TOGETHER,
+                total, place, there, place_in_group, item, row, mask, operand_scales, scales, bias, out, out_features, STRIDE, HAS_BIAS,
+                ELEMENTS, VOTES, WIDE,
             )  # fmt: skip
         else:
-            do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
+            _leave(place, there, total, ELEMENTS, WIDE)
     else:
-        do(_PUBLISH, "=r,l,r,r", [place, mask.to(gl.int32), total.to(gl.int32, bitcast=True)])
+        _leave(place, there, total, ELEMENTS, WIDE)
 
 
 @gluon.jit
@@ -189,7 +207,7 @@ def _multiply_part(
     shared, STEP_BITS: gl.constexpr, WINDOW_BITS: gl.constexpr, UNIT: gl.constexpr, IS_SECOND: gl.constexpr, IS_LAST: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr, OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    BY_WARPGROUP: gl.constexpr, FINISH_ROWS: gl.constexpr,
+    BY_WARPGROUP: gl.constexpr, FINISH_ROWS: gl.constexpr, VOTES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """What one of `programs` does of one part of the weight. operand: from the first column of the part on.
 
@@ -322,7 +340,7 @@ def _multiply_part(
             _exchange(sums, tile, batch, shared + EXCHANGE, lane, warpgroup, warp_row, TILES, ITEMS)
             _finish(
                 tile, group, group * most, place_in_group, finishes, operand_scales, scales, bias, out, workspace, batch, out_features,
-                IS_LAST, EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, ITEMS, FINISH_ROWS > 4,
+                IS_LAST, EXCHANGE, UNIT, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, ITEMS, VOTES, WIDE,
             )  # fmt: skip
         group -= 1
 
@@ -334,13 +352,13 @@ def fused_kernel(
     STEP_BITS_0: gl.constexpr, STEP_BITS_1: gl.constexpr, WINDOW_BITS_0: gl.constexpr, WINDOW_BITS_1: gl.constexpr,
     UNIT_0: gl.constexpr, UNIT_1: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, CHUNK_BYTES: gl.constexpr,
     OPERAND_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPGROUPS: gl.constexpr, BY_WARPGROUP: gl.constexpr,
-    FINISH_ROWS: gl.constexpr,
+    FINISH_ROWS: gl.constexpr, VOTES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """The first `programs_0` programs have the first part, the others the second, if there is one.
 
     operand: as `qpc.kernels.operand` has it, of OPERAND_ROWS rows, or for BY_WARPGROUP as `in_cores` does. workspace: float32 NaNs with all
-    bits set, which it is again at the end, `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight. FINISH_ROWS:
-    the value of a `Finish`.
+    bits set, which it is again at the end, `most` times 256 * OPERAND_ROWS for each group. rows: block rows of the weight. FINISH_ROWS,
+    VOTES, WIDE: of a `Finish`.
     """
     WIDEST: gl.constexpr = STEP_BITS_0 if STEP_BITS_0 > STEP_BITS_1 else STEP_BITS_1
     gdc_launch_dependents()
@@ -358,17 +376,18 @@ def fused_kernel(
         _multiply_part(
             program, programs, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
-            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
+            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS, VOTES, WIDE,
         )  # fmt: skip
     elif program < programs_0:
         _multiply_part(
             program, programs_0, codes_0, operand, turns_0, 0, 0, operand_scales, scales, bias, out, workspace, most, batch, rows,
             out_features, shared, STEP_BITS_0, WINDOW_BITS_0, UNIT_0, False, False, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS,
-            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
+            HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS, VOTES, WIDE,
         )  # fmt: skip
     else:
         _multiply_part(
             program - programs_0, programs - programs_0, codes_1, operand + turns_0 * (DEPTH * WARPGROUPS * 32 * OPERAND_ROWS), turns_1,
             turns_0, programs_0, operand_scales, scales, bias, out, workspace, most, batch, rows, out_features, shared, STEP_BITS_1,
-            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, BY_WARPGROUP, FINISH_ROWS,
+            WINDOW_BITS_1, UNIT_1, True, True, DEPTH, STAGES, CHUNK_BYTES, OPERAND_ROWS, HAS_BIAS, WARPGROUPS, BY_WARPGROUP,
+            FINISH_ROWS, VOTES, WIDE,
         )  # fmt: skip

@@ -60,35 +60,59 @@ PUBLISH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.volatile.global.b32 [$1], 
 """Leave $3 at $1 for another program, if $2."""
 
 
-def polled(elements: int, together: bool) -> int:
+def publish(elements: int) -> str:
+    """The same for neighbouring elements of a thread, by as few instructions as can be. $0 on: as many results; the arguments of each."""
+    elements = int(elements)
+    width = min(4, elements)
+    type_ = f"v{width}.b32" if width > 1 else "b32"
+    text = f"{{.reg .pred p; setp.ne.u32 p, ${2 * elements}, 0; "
+    for first in range(0, elements, width):
+        values = ", ".join([f"${3 * elements + first + i}" for i in range(width)])
+        text += f"@p st.relaxed.gpu.global.{type_} [${elements + first}], {{{values}}}; "
+    return text + " ".join([f"mov.u32 ${i}, 0;" for i in range(elements)]) + "}"
+
+
+def publish_constraints(elements: int) -> str:
+    """Of the registers of `publish`."""
+    elements = int(elements)
+    return ",".join(["=r"] * elements + ["l"] * elements + ["r"] * (2 * elements))
+
+
+def polled(elements: int, votes: bool) -> int:
     """How many values `poll` awaits at a time for each element: 24 registers of them together (or 28), and 15 at most."""
-    return min(15, (28 if together else 24) // int(elements))
+    return min(15, (28 if votes else 24) // int(elements))
 
 
-def poll(elements: int, count: int, together: bool) -> str:
+def poll(elements: int, count: int, votes: bool, wide: bool) -> str:
     """Read values that other programs leave until none is free, and free their places, for so many elements of a thread at a time.
 
     Arguments of each element: where the first value is, whether there are any, how many (as many for each element, beyond `count` no
     more), and their distance in bytes. Results are `count` values of each element, 0 for what is not there.
-    together: the lanes of a warp wait for each other, so that the assembler knows that they come out as one, and what is the same in all
+    votes: the lanes of a warp wait for each other, so that the assembler knows that they come out as one, and what is the same in all
     lanes can stay in uniform registers wherever this is in a loop.
+    wide: elements are neighbours in memory, up to four of which are read, and freed, by one instruction. (Those without have the whole
+    system as their scope, of which a GPU is enough.)
     """
     elements, count = int(elements), int(count)
+    width = min(4, elements) if wide else 1
+    type_ = f"v{width}.b32" if width > 1 else "b32"
+    load, store = ("ld.relaxed.gpu.global", "st.relaxed.gpu.global") if wide else ("ld.volatile.global", "st.volatile.global")
     first = elements * count  # the arguments come after the results, each of all elements
     address, mask, size, stride = first, first + elements, first + 2 * elements, first + 3 * elements
     read, free = "AGAIN: ", "mov.b32 m, 0xFFFFFFFF; "
-    for element in range(elements):
+    for element in range(0, elements, width):
         begin = f"setp.ne.u32 p, ${mask + element}, 0; mov.b64 a, ${address + element}; "
         read += begin
         free += begin
         for i in range(count):
             place = f"setp.gt.and.s32 q, ${size}, {i}, p; "
-            read += place + f"@q ld.volatile.global.b32 v{element * count + i}, [a]; add.s64 a, a, ${stride}; "
-            free += place + f"@q st.volatile.global.b32 [a], m; add.s64 a, a, ${stride}; "
+            values = ", ".join([f"v{(element + each) * count + i}" for each in range(width)])
+            read += place + f"@q {load}.{type_} {{{values}}}, [a]; add.s64 a, a, ${stride}; "
+            free += place + f"@q {store}.{type_} [a], {{{', '.join(['m'] * width)}}}; add.s64 a, a, ${stride}; "
     text = f"{{.reg .pred p, q; .reg .b32 m; .reg .b64 a; .reg .b32 v<{first}>; "
     text += "".join([f"mov.b32 v{i}, 0; " for i in range(first)]) + read
     text += "mov.b32 m, 0; " + "".join([f"max.u32 m, m, v{i}; " for i in range(first)])
-    vote, branch = ("vote.sync.any.pred q, q, 0xffffffff; ", "bra.uni") if together else ("", "bra")
+    vote, branch = ("vote.sync.any.pred q, q, 0xffffffff; ", "bra.uni") if votes else ("", "bra")
     text += f"setp.eq.u32 q, m, 0xFFFFFFFF; {vote}@q {branch} AGAIN; " + free
     return text + " ".join([f"mov.b32 ${i}, v{i % elements * count + i // elements};" for i in range(first)]) + "}"
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -21,7 +22,9 @@ from benchmarks.rows import BenchmarkError, read_head, read_rows, write_rows
 from benchmarks.timing import Checked, check, relative_error, time_calls, timing_of
 from benchmarks.weights import activations, random_weights, weight_bytes
 from qpc.ir.annotation import LinearShape
-from qpc.kernels import reference
+from qpc.kernels import fused, reference
+from qpc.kernels.fused import Finish
+from qpc.kernels.warpgroup import Product
 from qpc.latency import Roofline
 from qpc.quant.layout import row_blocks
 from qpc.quant.palette import trellis_at
@@ -67,8 +70,11 @@ def test_a_variant_is_asked_for_and_has_columns_of_its_own() -> None:
         return plan.variant_of(plan.options_of("kernels", "", list(arguments), 225, 110, varies=True))
 
     assert asked() == adapters.DEFAULT and not adapters.DEFAULT.columns
-    found = asked("--product", "wgmma", "--finish-rows", "8")
-    assert found.columns == {"product": "wgmma", "finish_rows": 8}
+    found = asked("--product", "wgmma", "--finish", "wide-by-four")
+    assert found.columns == {"product": "wgmma", "finish": "wide-by-four"}
+    cut = fused.plan(64, (256,), (2,), 8, 132)
+    assert found.of(cut) == replace(cut, product=Product.WGMMA, finish=Finish.WIDE_BY_FOUR)
+    assert adapters.DEFAULT.of(cut) == cut != found.of(cut)
     assert [batch for batch in range(1, 17) if found.takes(batch)] == list(range(5, 17))
     with pytest.raises(SystemExit):
         asked("--product", "dp4a")

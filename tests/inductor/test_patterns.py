@@ -9,7 +9,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from qpc.inductor.gates import fuse_gates, match_activation
+from qpc.inductor.gates import LEAST_ROWS, fuse_gates, match_activation
 from qpc.inductor.hook import GraphPass
 from qpc.inductor.merge import merge_equal
 from qpc.inductor.norms import fuse_norms, match_norm
@@ -121,7 +121,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-BOTH = 3 * torch.randn(2, 1, 2 * FEATURES, generator=torch.Generator().manual_seed(2))
+BOTH = 3 * torch.randn(LEAST_ROWS, 1, 2 * FEATURES, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -163,6 +163,7 @@ def silu_twice(gate: Tensor, up: Tensor, signs: Tensor) -> tuple[Tensor, ...]:
         ("bfloat16, torch.float32, torch.float32; required one", lambda g, up, s: rotated(functional.silu(g.bfloat16()) * up, s)),
         ("computes the signs", lambda gate, up, s: rotated(functional.silu(gate) * up, s + 1)),
         ("a row of 2 blocks", lambda gate, up, s: torch.ops.qpc.rotate_operand(functional.silu(gate) * up, s, 16)),
+        (f"{LEAST_ROWS - 1} rows", lambda gate, up, s: rotated(functional.silu(gate[1:]) * up[1:], s)),
         (None, lambda gate, up, s: rotated(functional.silu(gate), s)),
         (None, lambda gate, up, s: rotated(functional.silu(gate) * 2, s)),
         (None, lambda gate, up, s: rotated(functional.silu(gate) * up[:1], s)),

@@ -24,14 +24,16 @@ def compiled(
     bias: bool = False,
     architecture: int = 90,
     product: Product = Product.MMA,
-    finish: Finish = Finish.BY_FOUR,
+    finish: Finish | None = None,
 ) -> Any:
-    """The compiled kernel; a second number of bits is that of a second part."""
+    """The compiled kernel; a second number of bits is that of a second part. finish: by default that of plans for so many rows."""
+    finish = finish or (Finish.TOGETHER if operand_rows <= 4 else Finish.BY_FOUR)
     first, second = (*step_bits, 0)[:2]
     constants = {
         "STEP_BITS_0": first, "STEP_BITS_1": second, "WINDOW_BITS_0": min(first + 13, 24), "WINDOW_BITS_1": min(second + 13, 24),
         "UNIT_0": 0.01, "UNIT_1": 0.02, "DEPTH": depth, "STAGES": fused.STAGES, "CHUNK_BYTES": chunk_bytes, "OPERAND_ROWS": operand_rows,
-        "HAS_BIAS": bias, "WARPGROUPS": warpgroups, "BY_WARPGROUP": product is Product.WGMMA, "FINISH_ROWS": finish.value,
+        "HAS_BIAS": bias, "WARPGROUPS": warpgroups, "BY_WARPGROUP": product is Product.WGMMA, "FINISH_ROWS": finish.rows,
+        "VOTES": finish.votes, "WIDE": finish.wide,
     }  # fmt: skip
     types = {"operand": "*i32", "codes_0": "*i32", "codes_1": "*i32", "scales": "*bf16", "bias": "*bf16", "out": "*bf16"}
     types |= {"operand_scales": "*fp32", "workspace": "*fp32"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="kernels need Triton")
 
 from qpc.kernels import fused
+from qpc.kernels.fused import Finish
 from qpc.quant.codebook import hash_words
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -47,6 +48,18 @@ def test_decodes_in_a_shift_a_mask_and_a_multiplication_for_each_word(step_bits:
 def test_compiles_within_its_registers(options: dict[str, Any]) -> None:
     used = usage(compiled(6, **options))
     assert used.registers <= fused.MORE_REGISTERS and used.stack == 0
+
+
+@pytest.mark.parametrize(
+    ("finish", "loads", "bits"), [(Finish.BY_FOUR, 48, 32), (Finish.WIDE_BY_FOUR, 28, 64), (Finish.WIDE, 7, 128)], ids=str
+)
+def test_neighbouring_sums_of_others_are_read_together(finish: Finish, loads: int, bits: int) -> None:
+    """Of 8 rows and four warpgroups a thread finishes two sums in each of two rounds, or four in one, and waits for 12, 14 and 7 others."""
+    kernel = compiled(6, operand_rows=8, warpgroups=4, depth=2, chunk_bytes=32768, finish=finish)
+    strong = [re.sub(r"^@\S+\s+", "", line).split()[0] for line in instructions(kernel) if ".STRONG." in line]
+    width = "" if bits == 32 else f".{bits}"
+    assert [name for name in strong if name.startswith("LDG")] == [f"LDG.E{width}.STRONG.{'GPU' if finish.wide else 'SYS'}"] * loads
+    assert usage(kernel).stack == 0
 
 
 @pytest.mark.parametrize("architecture", [100, 120])

@@ -183,8 +183,9 @@ def test_shared_memory_is_what_the_plan_takes_it_for() -> None:
 
 def test_no_plan_chooses_it() -> None:
     for rows in (1, 2, 4, 8, 16):
-        cut = fused.plan(64, (256,), (2,), rows, 132)
-        assert (cut.product, cut.finish) == (Product.MMA, Finish.BY_FOUR)
+        for block_rows in (16, 64, 448):
+            cut = fused.plan(block_rows, (256,), (2,), rows, 132)
+            assert cut.product is Product.MMA and not cut.finish.wide
 
 
 def test_refuses_an_operand_in_another_order() -> None:

@@ -19,6 +19,10 @@ EVERY_STEP: tuple[tuple[int, ...], ...] = (*((bits,) for bits in range(2, 13)), 
 SHAPES = ((16, 16), (64, 7), (1000, 4096), (4096, 14336))
 """Besides one small shape at every rate: less than a turn, and many programs for each group of rows."""
 
+VARIANTS = (
+    (Product.WGMMA, Finish.BY_FOUR), (Product.WGMMA, Finish.WIDE), (Product.MMA, Finish.BY_FOUR), (Product.MMA, Finish.TOGETHER),
+    (Product.MMA, Finish.WIDE_BY_FOUR), (Product.MMA, Finish.WIDE),
+)  # fmt: skip
 BATCHES = (5, 6, 7, 8, 13, 16)
 
 
@@ -27,8 +31,8 @@ def cases(quick: bool) -> Iterator[tuple[str, Check]]:
     weights = [(100, 1000, bits) for bits in ([(6,)] if quick else EVERY_STEP)]
     weights += [] if quick else [(*shape, (6,)) for shape in SHAPES]
     for out_features, in_features, bits in weights:
-        for product, finish in ((Product.WGMMA, Finish.BY_FOUR), (Product.WGMMA, Finish.TOGETHER), (Product.MMA, Finish.TOGETHER)):
-            name = f"{product} finish of {finish.value} rows {out_features}x{in_features} bits {bits}"
+        for product, finish in VARIANTS:
+            name = f"{product} finish {finish} {out_features}x{in_features} bits {bits}"
             batches = BATCHES if product is Product.WGMMA else (1, 2, 4, *BATCHES)
             yield name, partial(_check, out_features, in_features, bits, product, finish, batches)
 
