@@ -21,10 +21,14 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of multiplying on integer tensor cores; by default the one that the operators take. finish: None is what plans say."""
+    """A way of multiplying on integer tensor cores; by default the one that the operators take.
+
+    finish, registers: None is what plans say; other registers are those of plans that have `fused.REGISTERS`.
+    """
 
     product: Product = Product.MMA
     finish: Finish | None = None
+    registers: int | None = None
 
     def takes(self, batch: int) -> bool:
         """Whether it multiplies so many rows."""
@@ -33,11 +37,15 @@ class Variant:
     @property
     def columns(self) -> dict[str, str | int]:
         """Columns of a row of results, none for the default."""
-        return {} if self == DEFAULT else {"product": str(self.product), "finish": str(self.finish or "as plans say")}
+        if self == DEFAULT:
+            return {}
+        columns: dict[str, str | int] = {"product": str(self.product), "finish": str(self.finish or "as plans say")}
+        return columns | ({} if self.registers is None else {"registers": self.registers})
 
     def of(self, cut: fused.Plan) -> fused.Plan:
         """A plan with what this varies."""
-        return replace(cut, product=self.product, finish=self.finish or cut.finish)
+        registers = self.registers if self.registers is not None and cut.registers == fused.REGISTERS else cut.registers
+        return replace(cut, product=self.product, finish=self.finish or cut.finish, registers=registers)
 
 
 DEFAULT = Variant()

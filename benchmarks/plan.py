@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,19 @@ class Run:
         return rows
 
 
-def compile_ahead(jobs: Sequence[tuple[Quantizer, tuple[Shape, ...], int]], variant: Variant = DEFAULT) -> None:
-    """Run each job once in processes of their own, so that Triton's cache on disk holds their kernels. jobs: quantizer, shapes, batch.
+def compile_ahead(jobs: Sequence[tuple[Quantizer, tuple[Shape, ...], int]], *variants: Variant) -> None:
+    """Run each job once in processes of their own, so that Triton's cache on disk holds their kernels. jobs: quantizer, shapes, batch; of
+    each of the variants, by default of what the operators take.
 
     Jobs that fail here fail again where it is reported.
     """
     started_s = time.monotonic()
-    workers = max(1, min(MAX_WORKERS, len(jobs), (os.cpu_count() or 2) - 2))
+    tasks = list(product(jobs, variants or (DEFAULT,)))
+    workers = max(1, min(MAX_WORKERS, len(tasks), (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_once, *job, variant) for job in jobs]
+        futures = [pool.submit(run_once, *job, variant) for job, variant in tasks]
         failed = [error for future in futures if (error := future.exception()) is not None]
-    print(f"{len(jobs)} kinds of launches compiled in {time.monotonic() - started_s:.0f} s, {len(failed)} failed", flush=True)
+    print(f"{len(tasks)} kinds of launches compiled in {time.monotonic() - started_s:.0f} s, {len(failed)} failed", flush=True)
     for error in failed[:3]:
         print(f"  {type(error).__name__}: {str(error)[-300:]}", file=sys.stderr, flush=True)
 
