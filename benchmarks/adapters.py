@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.weights import RandomWeight
 from qpc.kernels import fused, gpu, operand_ops, ops
-from qpc.kernels.fused import Finish
+from qpc.kernels.fused import Copies, Finish
 from qpc.kernels.gate import Activation
 from qpc.kernels.operand import operand_rows, pack_operand
 from qpc.kernels.warpgroup import ROWS, Product, in_cores
@@ -23,12 +23,14 @@ Call = Callable[[], Tensor]
 class Variant:
     """A way of multiplying on integer tensor cores; by default the one that the operators take.
 
-    finish, registers: None is what plans say; other registers are those of plans that have `fused.REGISTERS`.
+    finish, registers: None is what plans say; other registers are those of plans that have `fused.REGISTERS`. copies: in pieces with the
+    deepest ring that has room.
     """
 
     product: Product = Product.MMA
     finish: Finish | None = None
     registers: int | None = None
+    copies: Copies = Copies.BULK
 
     def takes(self, batch: int) -> bool:
         """Whether it multiplies so many rows."""
@@ -40,12 +42,18 @@ class Variant:
         if self == DEFAULT:
             return {}
         columns: dict[str, str | int] = {"product": str(self.product), "finish": str(self.finish or "as plans say")}
+        columns |= {} if self.copies is Copies.BULK else {"copies": str(self.copies)}
         return columns | ({} if self.registers is None else {"registers": self.registers})
 
-    def of(self, cut: fused.Plan) -> fused.Plan:
-        """A plan with what this varies."""
+    def of(self, cut: fused.Plan, step_bits: int, operand_rows: int) -> fused.Plan:
+        """A plan with what this varies. step_bits: the most of a part."""
         registers = self.registers if self.registers is not None and cut.registers == fused.REGISTERS else cut.registers
-        return replace(cut, product=self.product, finish=self.finish or cut.finish, registers=registers)
+        varied = replace(cut, product=self.product, finish=self.finish or cut.finish, registers=registers, copies=self.copies)
+        if self.copies is Copies.BULK:
+            return varied
+        room = fused.SHARED_BYTES // min(varied.resident, 2) - fused.RESERVED_BYTES
+        deep = (replace(varied, stages=stages) for stages in fused.PIECE_STAGES)
+        return next(each for each in deep if each.stages == 2 or fused.program_bytes(each, step_bits, operand_rows) <= room)
 
 
 DEFAULT = Variant()
@@ -64,7 +72,7 @@ def multiplications(weights: list[RandomWeight], x: Tensor, variant: Variant = D
     if reads_operand(weights[0].parts, x):
         words, scales = pack_operand(x)
         cut = fused.plan_of(list(weights[0].codes), weights[0].parts, words.shape[1], x.device)
-        cut = variant.of(cut)
+        cut = variant.of(cut, max(part.step_bits for part in weights[0].parts), words.shape[1])
         words = in_cores(words) if variant.product is Product.WGMMA else words
         return [
             partial(fused.multiply, words, scales, list(w.codes), w.scales, None, list(w.parts), w.out_features, x.dtype, cut)

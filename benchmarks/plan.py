@@ -19,7 +19,7 @@ from benchmarks.adapters import DEFAULT, Variant, multiplications
 from benchmarks.rows import BenchmarkError, write_rows
 from benchmarks.timing import Card, measure_card, require_gpu
 from benchmarks.weights import Shape, activations, random_weights
-from qpc.kernels.fused import Finish
+from qpc.kernels.fused import Copies, Finish
 from qpc.kernels.warpgroup import Product
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.quantizer import Quantizer
@@ -100,13 +100,14 @@ def add_variant(parser: argparse.ArgumentParser) -> None:
     """Options of what multiplies on integer tensor cores."""
     products, finishes = [str(each) for each in Product], [str(each) for each in Finish]
     parser.add_argument("--product", choices=products, default=str(DEFAULT.product), help="instruction that multiplies (%(default)s)")
+    parser.add_argument("--copies", type=Copies, choices=list(Copies), default=DEFAULT.copies, help="how bytes come in (%(default)s)")
     parser.add_argument("--finish", choices=finishes, help="how sums are put together (as plans say)")
 
 
 def variant_of(options: argparse.Namespace) -> Variant:
     """What the options of `add_variant` ask for."""
     finishes = {str(each): each for each in Finish}
-    return Variant(Product(options.product), finishes[options.finish] if options.finish else None)
+    return Variant(Product(options.product), finishes[options.finish] if options.finish else None, copies=options.copies)
 
 
 @dataclass(frozen=True)

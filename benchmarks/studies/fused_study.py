@@ -106,7 +106,7 @@ def _grid(weights: Any, batch: int, device: torch.device, quick: bool, variant: 
     rows, count, words = operand_rows(batch), processors(device), tuple(map(fused.words_of, weight.parts))
     default = fused.plan(weight.codes[0].shape[0], widths, words, rows, count)
     found = [default] if quick else plans(default, weight.codes[0].shape[0], widths, bits, words, rows, count)
-    varied = [variant.of(cut) for cut in found]
+    varied = [variant.of(cut, max(bits), rows) for cut in found]
     return [cut for cut in varied if fused.program_bytes(cut, max(bits), rows) <= fused.SHARED_BYTES - 1024]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ OPERAND_BARRIER_BYTES = 32
 
 TAIL_BYTES = 512
 """Behind the operand, since a product reads four rows also where the operand has fewer."""
+
+PIECE_STAGES = (4, 3, 2)
+"""Slots of the ring of codes and operand of a warp, where they are copied in pieces; the best first."""
+
+RESERVED_BYTES = 1024
+"""Of shared memory that the driver takes of each program."""
 
 SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor that one program can have."""
@@ -89,6 +96,17 @@ def supports(quantizers: Sequence[UniformQuantizer], batch: int, dtype: torch.dt
     return Support(Implementation.TRITON, "integer tensor cores")
 
 
+class Copies(Enum):
+    """How codes and operand come to shared memory: in bulk (sm_90), or by 16 bytes (sm_80 and later), which is not chosen anywhere yet."""
+
+    BULK = "bulk"
+    PIECES = "pieces"
+
+    def __str__(self) -> str:
+        """The name that options take."""
+        return self.value
+
+
 class Finish(Enum):
     """How programs put their sums together.
 
@@ -128,6 +146,7 @@ class Plan:
     registers: int
     product: Product = Product.MMA
     finish: Finish = Finish.BY_FOUR
+    copies: Copies = Copies.BULK
 
     @property
     def turn(self) -> int:
@@ -198,6 +217,33 @@ def cut_for(
     return Plan(warpgroups, depth, tuple(counts), chunk_bytes, stages, registers)
 
 
+@cache
+def plan_in_pieces(
+    block_rows: int,
+    widths: tuple[int, ...],
+    words: tuple[int, ...],
+    step_bits: int,
+    operand_rows: int,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> Plan:
+    """A plan for a GPU without bulk copies. step_bits: the most of a part. shared_bytes: of a multiprocessor. It was never timed.
+
+    As many programs of 8 warps as have room, two at most; then turns as long as may be, then deep rings. Raises `KernelError` if not even
+    one program has room.
+    """
+    few = MOST_CONTRIBUTORS * -(-block_rows // WARP_ROWS)
+    for resident, (warpgroups, depth), stages in product((2, 1) if operand_rows <= 8 else (1,), HALF, PIECE_STAGES):
+        programs = min(resident * multiprocessors, few)
+        if any(width % (warpgroups * depth) for width in widths):
+            continue
+        found = cut_for(warpgroups, depth, block_rows, widths, words, operand_rows, programs, True, stages)
+        found = replace(found, copies=Copies.PIECES, finish=Finish.WIDE, chunk_bytes=0)
+        if resident * (program_bytes(found, step_bits, operand_rows) + RESERVED_BYTES) <= shared_bytes:
+            return found
+    raise KernelError(f"{shared_bytes} bytes of shared memory hold no program for {operand_rows=}; use another implementation")
+
+
 def plan_of(codes: list[Tensor], quantizers: Sequence[UniformQuantizer], operand_rows: int, device: torch.device) -> Plan:
     """The plan of a weight on a GPU."""
     packed, parts = _present(codes, quantizers)
@@ -240,6 +286,9 @@ def program_bytes(cut: Plan, step_bits: int, operand_rows: int) -> int:
     """Shared memory of a program."""
     rings = 4 * cut.warpgroups * cut.stages * cut.depth * 64 * step_bits
     exchange = exchange_bytes(cut.warpgroups, operand_rows, cut.finish.rows)
+    if cut.copies is Copies.PIECES:
+        operands = 4 * cut.warpgroups * cut.stages * cut.depth * 128 * operand_rows
+        return -(-(exchange + rings + operands + TAIL_BYTES) // 512) * 512
     return head_bytes(cut.warpgroups, cut.stages) + 2 * cut.chunk_bytes + TAIL_BYTES + exchange + rings
 
 
@@ -264,6 +313,7 @@ def multiply(
     words, activation_scales: the operand, for all block columns of the weight. codes, scales, bias: as the linear operators take them.
     cut: by default what `plan` says. Raises `KernelError` where the operand is not in the order of its product.
     """
+    from qpc.kernels.fused_ampere import ampere_kernel
     from qpc.kernels.fused_hopper import fused_kernel
 
     batch, rows, device = len(activation_scales), codes[0].shape[0], words.device
@@ -277,15 +327,16 @@ def multiply(
     most = most_places(-(-rows // 4), tuple(turns), cut.programs)
     workspace = workspaces.take(-(-rows // 4) * most * GROUP_ROWS * operand_rows, device)
     two = len(parts) > 1
-    fused_kernel[(sum(cut.programs),)](
+    bulk = cut.copies is Copies.BULK
+    of_kind = {"CHUNK_BYTES": cut.chunk_bytes, "BY_WARPGROUP": cut.product is Product.WGMMA, "launch_pdl": True} if bulk else {}
+    (fused_kernel if bulk else ampere_kernel)[(sum(cut.programs),)](
         words, activation_scales, packed[0], packed[-1], scales.contiguous(), bias, out, workspace,
         turns[0], turns[-1], cut.programs[0], most, batch, rows, out_features,
         STEP_BITS_0=parts[0].step_bits, STEP_BITS_1=parts[1].step_bits if two else 0,
         WINDOW_BITS_0=parts[0].window_bits, WINDOW_BITS_1=parts[1].window_bits if two else 0,
-        UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, CHUNK_BYTES=cut.chunk_bytes,
-        OPERAND_ROWS=operand_rows, HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, BY_WARPGROUP=cut.product is Product.WGMMA,
-        FINISH_ROWS=cut.finish.rows, VOTES=cut.finish.votes, WIDE=cut.finish.wide,
-        num_warps=4 * cut.warpgroups, maxnreg=cut.registers, launch_pdl=True,
+        UNIT_0=SCALE * parts[0].unit, UNIT_1=SCALE * parts[-1].unit, DEPTH=cut.depth, STAGES=cut.stages, OPERAND_ROWS=operand_rows,
+        HAS_BIAS=bias is not None, WARPGROUPS=cut.warpgroups, FINISH_ROWS=cut.finish.rows, VOTES=cut.finish.votes, WIDE=cut.finish.wide,
+        num_warps=4 * cut.warpgroups, maxnreg=cut.registers, **of_kind,
     )  # fmt: skip
     return out
 

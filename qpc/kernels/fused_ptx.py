@@ -47,6 +47,24 @@ Without the fence the copy can overtake loads that were issued before it, on a m
 then.
 """
 
+COPY_PIECE = "{.reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, 0;}"
+"""Copy 16 bytes from global memory at $2 to shared memory at $1 if $3; part of the next `COMMIT_PIECES` of this thread."""
+
+COPY_SHARED_PIECE = COPY_PIECE.replace(".cg", ".ca")
+"""The same of bytes that other warps copy too: they stay in the first-level cache."""
+
+COMMIT_PIECES = "cp.async.commit_group; mov.u32 $0, 0;"
+"""Close a group of copies, empty or not."""
+
+SETTLED = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+"""All lanes of the warp have come so far, and read what they read before."""
+
+
+def wait_for_pieces(groups: int) -> str:
+    """Wait until at most so many of the last groups of this thread's copies are under way, and let the other lanes of the warp see them."""
+    return f"cp.async.wait_group {int(groups)}; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+
+
 PREFETCH = "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}"
 """Bring the line at $1 into the second-level cache, if $2."""
 

@@ -23,7 +23,7 @@ from benchmarks.timing import Checked, check, relative_error, time_calls, timing
 from benchmarks.weights import activations, random_weights, weight_bytes
 from qpc.ir.annotation import LinearShape
 from qpc.kernels import fused, reference
-from qpc.kernels.fused import Finish
+from qpc.kernels.fused import Copies, Finish
 from qpc.kernels.warpgroup import Product
 from qpc.latency import Roofline
 from qpc.quant.layout import row_blocks
@@ -73,8 +73,10 @@ def test_a_variant_is_asked_for_and_has_columns_of_its_own() -> None:
     found = asked("--product", "wgmma", "--finish", "wide-by-four")
     assert found.columns == {"product": "wgmma", "finish": "wide-by-four"}
     cut = fused.plan(64, (256,), (2,), 8, 132)
-    assert found.of(cut) == replace(cut, product=Product.WGMMA, finish=Finish.WIDE_BY_FOUR)
-    assert adapters.DEFAULT.of(cut) == cut != found.of(cut)
+    assert found.of(cut, 6, 8) == replace(cut, product=Product.WGMMA, finish=Finish.WIDE_BY_FOUR)
+    assert adapters.DEFAULT.of(cut, 6, 8) == cut
+    pieces = asked("--copies", "pieces").of(cut, 6, 8)
+    assert pieces == replace(cut, copies=Copies.PIECES, stages=pieces.stages) and fused.program_bytes(pieces, 6, 8) <= fused.SHARED_BYTES
     assert [batch for batch in range(1, 17) if found.takes(batch)] == list(range(5, 17))
     with pytest.raises(SystemExit):
         asked("--product", "dp4a")

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
+from qpc.errors import KernelError
 from qpc.kernels import fused
 from qpc.kernels.fused import Finish
+from qpc.kernels.fused_ampere import ampere_kernel
 from qpc.quant.codebook import hash_words
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.trellis import TrellisQuantizer
@@ -60,6 +62,48 @@ def test_neighbouring_sums_of_others_are_read_together(finish: Finish, loads: in
     width = "" if bits == 32 else f".{bits}"
     assert [name for name in strong if name.startswith("LDG")] == [f"LDG.E{width}.STRONG.{'GPU' if finish.wide else 'SYS'}"] * loads
     assert usage(kernel).stack == 0
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])
+def test_copies_in_pieces_need_no_more_instructions(architecture: int) -> None:
+    """A lane copies 4 x 384 bytes of codes and 4 x 128 of the operand for its warp in each turn of four blocks, by 16 bytes at a time."""
+    kernel = compiled(6, kernel=ampere_kernel, stages=4, bias=True, finish=Finish.WIDE, architecture=architecture)
+    used, body = usage(kernel), turn(kernel, "IMMA")
+    counts = opcodes(body)
+    assert used.registers <= fused.REGISTERS and used.stack == 0
+    assert counts["LDGSTS"] == 4 and counts["LDG"] == counts["BAR"] == 0, "and no warp waits for another"
+    if architecture == 90:
+        assert len(body) <= len(turn(compiled(6), "IMMA"))
+
+
+SHAPES_OF_GPUS = st.sampled_from([(108, 164 << 10), (84, 100 << 10), (128, 100 << 10), (132, 228 << 10)])
+
+
+@given(
+    SHAPES_OF_GPUS, st.integers(1, 500), st.lists(st.integers(1, 900), min_size=1, max_size=2), st.integers(2, 12),
+    st.sampled_from([1, 2, 4, 8, 16]),
+)  # fmt: skip
+def test_pieces_fit_where_two_programs_run(
+    gpu: tuple[int, int], block_rows: int, widths: list[int], step_bits: int, operand_rows: int
+) -> None:
+    """On an A100, an RTX 3090, an L40S and an H100: every column is multiplied, and what runs at the same time has room."""
+    multiprocessors, shared_bytes = gpu
+    cut = fused.plan_in_pieces(block_rows, tuple(widths), (2,) * len(widths), step_bits, operand_rows, multiprocessors, shared_bytes)
+    assert all(width % cut.turn == 0 for width in widths) and cut.stages >= 2
+    at_once = 2 if sum(cut.programs) > multiprocessors + 1 else 1  # one more where a part is so small that it would have none
+    assert at_once <= cut.resident and 1 <= sum(cut.programs) <= 2 * multiprocessors + 1
+    assert at_once * (fused.program_bytes(cut, step_bits, operand_rows) + fused.RESERVED_BYTES) <= shared_bytes
+
+
+def test_no_plan_in_pieces_says_why() -> None:
+    with pytest.raises(KernelError, match="4096 bytes of shared memory hold no program for operand_rows=1"):
+        fused.plan_in_pieces(64, (256,), (2,), 6, 1, 108, 4096)
+
+
+def test_shared_memory_in_pieces_is_what_the_plan_takes_it_for() -> None:
+    cut = fused.plan_in_pieces(448, (256,), (2,), 6, 1, 108, 164 << 10)
+    kernel = compiled(6, kernel=ampere_kernel, warpgroups=cut.warpgroups, depth=cut.depth, stages=cut.stages, finish=cut.finish)
+    assert kernel.metadata.shared == fused.program_bytes(cut, 6, 1)
 
 
 @pytest.mark.parametrize("architecture", [100, 120])

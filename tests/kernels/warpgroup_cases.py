@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from qpc.kernels import fused, reference
-from qpc.kernels.fused import Finish
+from qpc.kernels.fused import Copies, Finish
 from qpc.kernels.operand import pack_operand, unpack_rows
 from qpc.kernels.warpgroup import Product, in_cores
 from tests.kernels.packed import packed, poisoned
@@ -20,8 +20,9 @@ SHAPES = ((16, 16), (64, 7), (1000, 4096), (4096, 14336))
 """Besides one small shape at every rate: less than a turn, and many programs for each group of rows."""
 
 VARIANTS = (
-    (Product.WGMMA, Finish.BY_FOUR), (Product.WGMMA, Finish.WIDE), (Product.MMA, Finish.BY_FOUR), (Product.MMA, Finish.TOGETHER),
-    (Product.MMA, Finish.WIDE_BY_FOUR), (Product.MMA, Finish.WIDE),
+    (Product.WGMMA, Finish.BY_FOUR, Copies.BULK), (Product.WGMMA, Finish.WIDE, Copies.BULK), (Product.MMA, Finish.BY_FOUR, Copies.BULK),
+    (Product.MMA, Finish.TOGETHER, Copies.BULK), (Product.MMA, Finish.WIDE_BY_FOUR, Copies.BULK), (Product.MMA, Finish.WIDE, Copies.BULK),
+    (Product.MMA, Finish.TOGETHER, Copies.PIECES), (Product.MMA, Finish.WIDE, Copies.PIECES),
 )  # fmt: skip
 BATCHES = (5, 6, 7, 8, 13, 16)
 
@@ -31,17 +32,23 @@ def cases(quick: bool) -> Iterator[tuple[str, Check]]:
     weights = [(100, 1000, bits) for bits in ([(6,)] if quick else EVERY_STEP)]
     weights += [] if quick else [(*shape, (6,)) for shape in SHAPES]
     for out_features, in_features, bits in weights:
-        for product, finish in VARIANTS:
-            name = f"{product} finish {finish} {out_features}x{in_features} bits {bits}"
+        for product, finish, copies in VARIANTS:
+            name = f"{product} finish {finish} {copies} {out_features}x{in_features} bits {bits}"
             batches = BATCHES if product is Product.WGMMA else (1, 2, 4, *BATCHES)
-            yield name, partial(_check, out_features, in_features, bits, product, finish, batches)
+            yield name, partial(_check, out_features, in_features, bits, (product, finish, copies), batches)
 
 
 def _check(
-    out_features: int, in_features: int, bits: tuple[int, ...], product: Product, finish: Finish, batches: tuple[int, ...], device: str
+    out_features: int,
+    in_features: int,
+    bits: tuple[int, ...],
+    variant: tuple[Product, Finish, Copies],
+    batches: tuple[int, ...],
+    device: str,
 ) -> None:
     """Against the oracle, and bit for bit what the default has: the same exact sums are added in the same order. Again and again."""
     dtype = torch.bfloat16
+    product, finish, copies = variant
     weight = packed("trellis", out_features, in_features, list(bits), device=device)
     for batch in batches:
         words, scales = pack_operand(torch.randn(batch, in_features, device=device))
@@ -51,7 +58,7 @@ def _check(
         rest = (scales, weight.codes, weight.scales, bias, weight.quantizers, out_features, dtype)
         with poisoned():
             expected = fused.multiply(words, *rest, cut)
-            found = [fused.multiply(ordered, *rest, replace(cut, product=product, finish=finish)) for _ in range(20)]
+            found = [fused.multiply(ordered, *rest, replace(cut, product=product, finish=finish, copies=copies)) for _ in range(20)]
         rows = unpack_rows(words, scales)[:, :in_features]
         assert_close(found[0], reference.linear(rows, weight.codes, weight.scales, bias, weight.quantizers, out_features).to(dtype))
         for each in found:
