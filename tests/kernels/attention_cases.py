@@ -23,9 +23,12 @@ def cases(quick: bool) -> Iterator[tuple[str, Check]]:
     turns = ((False, 0), (True, 20)) if quick else tuple(product((False, True), (0, 20)))
     dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16, torch.float16)
     for sizes in SMALL if quick else FULL:
-        for (rope, window), splits, dtype in product(turns, (3, None) if quick else (1, 3, None), dtypes):
-            name = f"attention {sizes} {rope=} {window=} {splits=} {dtype}"
-            yield name, partial(compare, sizes, rope, window, splits, dtype)
+        for (rope, window), cut, dtype in product(turns, (PLANS[1], None) if quick else (*PLANS, None), dtypes):
+            name = f"attention {sizes} {rope=} {window=} {cut} {dtype}"
+            yield name, partial(compare, sizes, rope, window, cut, dtype)
+
+
+PLANS = (attention.Plan(1, 4), attention.Plan(3, 4, 16, ahead=True), attention.Plan(9, 8, 64, ahead=True), attention.Plan(9, 4))
 
 
 def inputs(sizes: tuple[int, ...], rope: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -42,7 +45,7 @@ def inputs(sizes: tuple[int, ...], rope: bool, dtype: torch.dtype, device: str) 
     return q, k, v, keys, values, torch.tensor(position, device=device), starts, *turn  # type: ignore[return-value]
 
 
-def compare(sizes: tuple[int, ...], rope: bool, window: int, splits: int | None, dtype: torch.dtype, device: str) -> None:
+def compare(sizes: tuple[int, ...], rope: bool, window: int, cut: attention.Plan | None, dtype: torch.dtype, device: str) -> None:
     """Result, what is written, and what is left alone; twice, since counters must be as they were."""
     q, k, v, keys, values, position, starts, cos, sin = inputs(sizes, rope, dtype, device)
     expected_keys, expected_values = keys.clone(), values.clone()
@@ -50,7 +53,6 @@ def compare(sizes: tuple[int, ...], rope: bool, window: int, splits: int | None,
     expected = reference.decode_attention(q.double(), k, v, expected_keys, expected_values, position, starts, cos, sin, scale, window)
     keys[:, :, sizes[5] :] = torch.nan
     values[:, :, sizes[5] :] = torch.nan
-    cut = None if splits is None else attention.Plan(splits, 4)
     for _ in range(2):
         with poisoned():
             found = attention.attend(q, k, v, keys, values, position, starts, cos, sin, scale, window, cut)

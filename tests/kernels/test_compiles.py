@@ -67,7 +67,7 @@ def attend(width: int, group: int, rope: bool) -> Case:
     types = {name: "*bf16" for name in names.split()} | {"position": "*i64", "starts": "*i64", "scale": "fp32"}
     constants = {
         "HEADS": 8, "GROUP": group, "ROWS": 16, "WIDTH": width, "SPLITS": 32, "BLOCK": attention.BLOCK, "ROPE": rope,
-        "PRECISION": "tf32", "PDL": False,
+        "PRECISION": "tf32", "PDL": False, "AHEAD": False,
     }  # fmt: skip
     kernel = attention._attention_kernel
     return f"attention of heads of {width}", kernel, types | {"partial": "*fp32", "counters": "*i32"}, constants, 4
@@ -103,8 +103,14 @@ def test_compiles_without_spills(kernel: Any, types: dict[str, str], constants: 
     assert len(instructions(compiled)) > 10
 
 
-def test_attention_that_is_launched_early_compiles() -> None:
-    _, kernel, types, constants, warps = attend(128, 4, True)
-    compiled = compile_kernel(kernel, types, constants | {"PDL": True}, 90, warps)
+@pytest.mark.parametrize(("block", "warps", "ahead"), [(attention.BLOCK, 4, False), (attention.BLOCK, 4, True), (128, 8, True)])
+def test_attention_that_is_launched_early_compiles(block: int, warps: int, ahead: bool) -> None:
+    """It waits for the kernel before; what a plan reads ahead comes before the wait, and queries come after it."""
+    _, kernel, types, constants, _ = attend(128, 4, True)
+    compiled = compile_kernel(kernel, types, constants | {"PDL": True, "AHEAD": ahead, "BLOCK": block}, 90, warps)
     assert usage(compiled).stack == 0
-    assert any("ACQBULK" in each for each in instructions(compiled)), "it waits for the kernel before"
+    lines = instructions(compiled)
+    (wait,) = (index for index, each in enumerate(lines) if "ACQBULK" in each)
+    loads = [sum("LDG" in each for each in part) for part in (lines[:wait], lines[wait:])]
+    assert (loads[0] >= 2 * block * 128 * 2 // (16 * 32 * warps)) if ahead else loads[0] == 0
+    assert loads[1] > 0
