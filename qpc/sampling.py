@@ -18,10 +18,10 @@ TOGETHER_ON_GPU = 512
 """The same on a GPU, if the configuration does not tell how much memory a sequence takes."""
 
 MOST_ON_GPU = 4096
-"""The same if it does and memory allows: a step of few sequences takes no less time, for it is spent on launches."""
+"""The same if it does and memory allows: a step of few sequences takes hardly less time, most of which goes into launches."""
 
 SHARE_OF_MEMORY = 0.5
-"""Of what is free on a GPU, for keys, values and distributions; activations, and copies as keys and values grow, take more."""
+"""Of what is free on a GPU, for keys, values and distributions; activations, among them keys and values of more heads, take more."""
 
 BYTES_OF_LOGIT = 32
 """While a token is drawn: logits as they come, in float32 and over the temperature, probabilities, twice in float64."""
@@ -138,7 +138,7 @@ def sample(
             numbers = track(uniform[rows, begin.shape[1] :].T.to(device), task, length - begin.shape[1], progress)
             try:
                 with torch.compiler.set_stance("force_eager"):  # a model that compiles itself in place may be waiting for this very text
-                    made.append(_continued(model, begin[rows], numbers, temperature))
+                    made.append(_continued(model, begin[rows], numbers, length, temperature))
             except torch.OutOfMemoryError:
                 if together == 1:
                     raise
@@ -159,8 +159,10 @@ def _together(model: nn.Module, config: Any, length: int) -> int:
     return fitting(config, length, first.element_size(), torch.cuda.mem_get_info(first.device)[0] + idle)
 
 
-def _continued(model: nn.Module, begin: Tensor, uniform: Iterable[Tensor], temperature: float) -> Tensor:
-    """Sequences that go on from `begin` [rows, n] by one token for each element of `uniform`, numbers [rows] each."""
+def _continued(model: nn.Module, begin: Tensor, uniform: Iterable[Tensor], length: int, temperature: float) -> Tensor:
+    """Sequences that go on from `begin` [rows, n] to `length` by one token for each element of `uniform`, numbers [rows] each."""
+    from qpc.roomy_cache import give_room  # only here, for it imports transformers
+
     device = next(model.parameters()).device
     pieces = [begin.to(device)]
     cache, name = None, cache_name(model)
@@ -174,6 +176,8 @@ def _continued(model: nn.Module, begin: Tensor, uniform: Iterable[Tensor], tempe
         cache = getattr(output, name, None)
         if cache is None:
             raise ModelError(f"{type(model).__name__} returns no cache of keys and values")
+        if len(pieces) == 1:
+            give_room(cache, length)
         tokens, found = drawn(output.logits[:, -1].float() / temperature, numbers)
         finite &= found
         pieces.append(tokens)

@@ -118,6 +118,12 @@ def test_a_configuration_that_does_not_tell(change: dict[str, object]) -> None:
     assert fitting(config, 8, 4, 0) == TOGETHER_ON_GPU
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_samples_the_same() -> None:
+    there, here = (sample(FAMILIES["llama"]().to(device), 9, 12, seed=0, temperature=1e-6) for device in ("cuda", "cpu"))
+    assert torch.equal(there, here)
+
+
 def test_the_mode_of_the_model_is_given_back() -> None:
     network = FAMILIES["llama"]()
     network.train()

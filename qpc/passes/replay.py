@@ -52,23 +52,23 @@ class Replay:
 
     def __call__(self, work: Work, batch: Tensor) -> None:
         """Do the work on this batch, wherever that is."""
-        if self.device.type != "cuda":
-            work(batch.to(self.device))
-            return
         key = (work, batch.shape, batch.dtype)
-        if self._seen[key] == WARM_UPS and self.obstacle is None and len(self._graphs) < MOST_GRAPHS:
+        captures = self.device.type == "cuda" and self.obstacle is None
+        if captures and self._seen[key] == WARM_UPS and len(self._graphs) < MOST_GRAPHS:
             self._capture(key, work, batch)
         self._seen[key] += 1
         if key in self._graphs:
             graph, place = self._graphs[key]
             place.copy_(batch if batch.is_cuda else batch.pin_memory(), non_blocking=True)
             graph.replay()
-        else:
+        elif captures:
             here = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(here)
             with torch.cuda.stream(self._stream):
                 work(batch.to(self.device))
             here.wait_stream(self._stream)
+        else:
+            work(batch.to(self.device))
 
     def _capture(self, key: object, work: Work, batch: Tensor) -> None:
         """Make the graph, or say why there is none."""
@@ -100,9 +100,9 @@ def _never_waiting() -> Iterator[None]:
     """Raise `RuntimeError` for what would wait for the device, before it does and breaks the capture."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it is a prototype
+        warnings.simplefilter("ignore")  # that this mode is a prototype; the work has warned before
         torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)

@@ -106,37 +106,33 @@ def test_on_a_cpu_work_is_done_as_it_comes() -> None:
     assert torch.stack(seen).tolist() == [[number] * 2 for number in range(5)] and run.obstacle is None
 
 
-def descended(program: Program) -> tuple[Outcome, list[Tensor], float]:
+def descended(program: Program) -> tuple[Outcome, Tensor, float]:
     """What comes of a descent, where it ends, and its seconds."""
     student = Student(program)
     torch.cuda.synchronize()
     begin = time.perf_counter()
     outcome = Descent(student, samples()).run(Course(steps=100, learning_rate=3e-3, matrix_rate=1e-3))
     torch.cuda.synchronize()
-    return outcome, list(student.state()), time.perf_counter() - begin
+    return outcome, torch.cat([change.flatten() for change in student.state()]), time.perf_counter() - begin
 
 
 @gpu
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_replayed_descent_is_an_eager_one_in_less_time(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """whole: with matrices that move, for weights are still to be rounded."""
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_replayed_descent_is_an_eager_one_in_less_time(name: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight in so many is rounded; the matrices of others move."""
     program = capture(FAMILIES[name]().cuda())
     group(program, Options(Budget.of(3)))
-    allocated(program)
-    if not whole:
-        Quantize().run(program)
+    Quantize().run(allocated(program))
+    program.packed = dict(list(program.packed.items())[::every])
     with monkeypatch.context() as patch:
         patch.setattr(replay, "WARM_UPS", 1 << 30)
         descended(program)
         expected, there, eager_s = descended(program)
     found, here, replayed_s = descended(program)
-    assert found.obstacle is None and expected.obstacle is None
-    assert found.after < found.before
+    assert found.obstacle is None and found.after < found.before
     assert (found.before, found.after) == pytest.approx((expected.before, expected.after), rel=1e-5)
-    assert found.steps == expected.steps
-    for one, other in zip(here, there, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert found.steps == expected.steps and (here - there).norm() <= 1e-2 * there.norm()
     assert replayed_s < eager_s, f"{replayed_s=}, {eager_s=}"
 
 
