@@ -98,7 +98,7 @@ class Descent:
 
         Raises `ModelError` if the unchanged model has no usable outputs.
         """
-        with coarse_products(self.student.program.device), self._replay() as replay, _kept_gradients(self.student):
+        with coarse_products(self.student.program.device), self._replay() as replay, kept_gradients(self.student):
             return self._descended(course, task, replay)
 
     def held_out_loss(self) -> float:
@@ -166,7 +166,7 @@ class Descent:
 
 
 @contextmanager
-def _kept_gradients(student: Student) -> Iterator[None]:
+def kept_gradients(student: Student) -> Iterator[None]:
     """Let all that moves have a gradient, zero at first, that stays where it is until the end."""
     moving = [change for kind in student.changes() for change in kind]
     for change in moving:

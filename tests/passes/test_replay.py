@@ -22,7 +22,7 @@ from qpc.errors import ModelError
 from qpc.ir.program import Program
 from qpc.options import Options
 from qpc.passes import replay
-from qpc.passes.descent import Course, Descent, Outcome
+from qpc.passes.descent import Course, Descent, Outcome, kept_gradients
 from qpc.passes.quantize import Quantize
 from qpc.passes.replay import Replay
 from qpc.passes.student import Student
@@ -84,6 +84,21 @@ def test_a_pass_waits_for_nothing_and_stays_on_its_device(build: Callable[[], Pr
         descent._add_loss(held_out)
     gradients = [change.grad for kind in descent.student.changes() for change in kind]
     assert gradients and all(gradient is not None for gradient in gradients)
+
+
+def test_gradients_add_up_where_they_are() -> None:
+    """As a graph that is replayed adds to them."""
+    descent = Descent(Student(rounded("llama")), samples())
+    moving = [change for kind in descent.student.changes() for change in kind]
+    with kept_gradients(descent.student):
+        places = [change.grad.data_ptr() for change in moving if change.grad is not None]
+        descent._add_gradients(samples().batches[0])
+        once = [change.grad.clone() for change in moving if change.grad is not None]
+        descent._add_gradients(samples().batches[0])
+        for change, place, gradient in zip(moving, places, once, strict=True):
+            assert change.grad is not None and change.grad.data_ptr() == place and bool((gradient != 0).any())
+            torch.testing.assert_close(change.grad, 2 * gradient, rtol=1e-6, atol=0)
+    assert all(change.grad is None for change in moving)
 
 
 def test_a_model_without_usable_outputs_is_refused() -> None:
