@@ -1,15 +1,32 @@
 """Sampled text follows the model and its seed, begins as asked, and models that cannot speak say so."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qpc import sampling
 from qpc.errors import ModelError, SettingsError
 from qpc.integrations.transformers import load_pretrained
-from qpc.sampling import TOGETHER, Start, cache_name, cannot_sample, chat_opening, drawn, sample
+from qpc.sampling import (
+    BYTES_OF_LOGIT,
+    MOST_ON_GPU,
+    TOGETHER,
+    TOGETHER_ON_GPU,
+    Start,
+    cache_bytes,
+    cache_name,
+    cannot_sample,
+    chat_opening,
+    drawn,
+    fitting,
+    sample,
+)
 from tests.families import FAMILIES, PLAIN, VOCABULARY, model
 
 
@@ -42,10 +59,12 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -2.0, -torch.inf]])
     count = 1 << 16
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    found = torch.bincount(drawn(logits.expand(count, 5), uniform).flatten(), minlength=5)
+    tokens, finite = drawn(logits.expand(count, 5), uniform)
+    found = torch.bincount(tokens.flatten(), minlength=5)
     torch.testing.assert_close(found / count, logits[0].softmax(0), rtol=0, atol=2 / count)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert drawn(logits.expand(2, 5), ends).flatten().tolist() == [0, 3]
+    assert drawn(logits.expand(2, 5), ends)[0].flatten().tolist() == [0, 3]
+    assert finite and not any(drawn(torch.stack([logits[0], logits[0] + bad]), ends)[1] for bad in (torch.nan, torch.inf, -torch.inf))
 
 
 def test_without_bos_the_first_token_is_random(tiny_directory: Path) -> None:
@@ -65,11 +84,44 @@ def test_samples_begin_as_asked() -> None:
     assert sample(llama, 2, 3, seed=0, opening=(5, 6, 7, 8)).tolist() == [[5, 6, 7]] * 2, "an opening that fills the sequence"
 
 
-def test_more_sequences_than_run_together() -> None:
+def test_more_sequences_than_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
     text = sample(model("llama"), TOGETHER + 3, 4, seed=0)
     assert text.shape == (TOGETHER + 3, 4)
     for fewer in (TOGETHER, 5):
         assert torch.equal(text[:fewer], sample(model("llama"), fewer, 4, seed=0))
+    monkeypatch.setattr(sampling, "TOGETHER", 50)
+    assert torch.equal(text, sample(model("llama"), TOGETHER + 3, 4, seed=0))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_configuration_tells_what_a_sequence_keeps(name: str) -> None:
+    network = model(name)
+    with torch.no_grad():
+        output = network(torch.ones(1, 7, dtype=torch.int64), use_cache=True)
+    kept = sum(part.nbytes for layer in getattr(output, cache_name(network)).layers for part in (layer.keys, layer.values))
+    assert cache_bytes(network.config, 7, 4) == kept > 0
+
+
+@given(st.integers(1, 1 << 15), st.sampled_from([2, 4]), st.integers(0, 1 << 40), st.sampled_from(sorted(FAMILIES)))
+def test_as_many_run_together_on_a_gpu_as_memory_allows(length: int, element_bytes: int, free: int, name: str) -> None:
+    config = model(name).config
+    found, kept = fitting(config, length, element_bytes, free), cache_bytes(config, length, element_bytes)
+    assert kept is not None and 1 <= found <= MOST_ON_GPU
+    each = kept + VOCABULARY * (4 + 4 + 4 + 8 + 8)  # logits, over the temperature, probabilities, twice in float64
+    assert found == 1 or found * each <= free / 2
+    assert found == MOST_ON_GPU or (found + 1) * (kept + VOCABULARY * BYTES_OF_LOGIT) > free // 2
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": None}, {"num_hidden_layers": [2]}, {"num_attention_heads": 0}, {"vocab_size": None}])
+def test_a_configuration_that_does_not_tell(change: dict[str, object]) -> None:
+    config = SimpleNamespace(**{"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 96} | change)
+    assert fitting(config, 8, 4, 0) == TOGETHER_ON_GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_samples_the_same() -> None:
+    there, here = (sample(FAMILIES["llama"]().to(device), 9, 12, seed=0, temperature=1e-6) for device in ("cuda", "cpu"))
+    assert torch.equal(there, here)
 
 
 def test_the_mode_of_the_model_is_given_back() -> None:

@@ -124,7 +124,8 @@ class Lessons:
         self.taught += 1
         found = self.descent.run(self.tuning.between, f"tune, part {self.taught} of {self.tuning.rounds}")
         share = self.rounded / self.weights
-        self.told.append(f"loss on held-out samples with {share:.0%} of the weights rounded {found.before:.4g}, tuned {found.after:.4g}")
+        text = f"loss on held-out samples with {share:.0%} of the weights rounded {found.before:.4g}, tuned {found.after:.4g}"
+        self.told += found.told(text)
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,4 @@ class Tune(Pass):
         except RuntimeError as error:
             return PassResult(remarks=(self.declined(subject, f"not tuned: {str(error).splitlines()[0]}"),))
         text = f"loss on held-out samples {found.before:.4g} before, {found.after:.4g} after {found.steps} of {self.tuning.steps} steps"
-        return PassResult(student.write(), (self.declined(subject, text),))
+        return PassResult(student.write(), tuple(self.declined(subject, each) for each in found.told(text)))

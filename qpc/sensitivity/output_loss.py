@@ -21,19 +21,22 @@ ROWS_AT_ONCE = 32
 class Reference(ABC):
     """The output of the unchanged model, and the loss of another one against it.
 
-    positions: what the loss is an average over.
+    positions: what the loss is an average over. usable: a bool on the device, whether there is a loss against this output.
     """
 
     kind: ClassVar[Loss]
 
     def __init__(self, output: Tensor) -> None:
-        if not output.isfinite().all():
-            raise ModelError("the output of the unchanged model is not finite on the given inputs")
+        self.usable = output.isfinite().all()
         self.positions = output.numel() // output.shape[-1] if output.ndim else 1
 
-    @abstractmethod
     def loss(self, outputs: Sequence[Any]) -> float:
         """Loss of these outputs of the graph; NaN or infinity if they are not finite."""
+        return float(self.measured(outputs))
+
+    @abstractmethod
+    def measured(self, outputs: Sequence[Any]) -> Tensor:
+        """The same as a float64 scalar, without waiting for the device."""
 
     @abstractmethod
     def distance(self, outputs: Sequence[Any]) -> Tensor:
@@ -50,19 +53,18 @@ class _RelativeError(Reference):
     def __init__(self, output: Tensor) -> None:
         super().__init__(output)
         self._output = output
-        self._energy = float(output.double().square().sum())
-        if self._energy == 0:
-            raise ModelError("the output of the model is zero on the given inputs, so no error can be compared with it")
+        self._energy = output.double().square().sum()
+        self.usable = self.usable & (self._energy > 0)
 
-    def loss(self, outputs: Sequence[Any]) -> float:
-        return float((main_output(outputs) - self._output).double().square().sum()) / self._energy
+    def measured(self, outputs: Sequence[Any]) -> Tensor:
+        return (main_output(outputs) - self._output).double().square().sum() / self._energy
 
     def distance(self, outputs: Sequence[Any]) -> Tensor:
-        return (main_output(outputs).float() - self._output.float()).square().sum() / self._energy
+        return (main_output(outputs).float() - self._output.float()).square().sum() / self._energy.float()
 
     def cotangent(self, generator: torch.Generator) -> Tensor:
         draw = torch.randn(self._output.shape, generator=generator, device=self._output.device)
-        return draw * math.sqrt(2 * self.positions / self._energy)
+        return draw * math.sqrt(2 * self.positions / float(self._energy))
 
 
 class _Divergence(Reference):
@@ -73,16 +75,16 @@ class _Divergence(Reference):
         self._shape = output.shape
         self._log_p = output.float().flatten(0, -2).log_softmax(dim=-1)
 
-    def loss(self, outputs: Sequence[Any]) -> float:
+    def measured(self, outputs: Sequence[Any]) -> Tensor:
         """KL(p || q) with q proportional to p exp(d) is log E_p[exp(d)] for d of mean zero under p, so no digits cancel for small d."""
-        total = 0.0
         output = main_output(outputs).flatten(0, -2)
+        total = torch.zeros((), dtype=torch.float64, device=output.device)
         for log_p, logits in zip(torch.split(self._log_p, ROWS_AT_ONCE), torch.split(output, ROWS_AT_ONCE), strict=True):
             p, d = log_p.exp(), logits.float() - log_p
             d -= (p * d).sum(dim=-1, keepdim=True)
             rows = torch.log1p((p * (torch.expm1(d) - d)).sum(dim=-1))
             rows = torch.where(rows.isfinite(), rows, torch.logsumexp(log_p + d, dim=-1))
-            total += float(rows.clamp_min(0).double().sum())
+            total += rows.clamp_min(0).double().sum()
         return total / len(self._log_p)
 
     def distance(self, outputs: Sequence[Any]) -> Tensor:
@@ -102,8 +104,23 @@ class _Divergence(Reference):
 def reference_of(program: Program, outputs: Sequence[Any]) -> Reference:
     """The reference for these outputs of the unchanged graph: KL if there is one value for each token that the model reads.
 
-    Raises `ModelError` if they are not finite.
+    Raises `ModelError` if they are not usable.
     """
+    reference = reference_in_passing(program, outputs)
+    check_usable(reference.usable)
+    return reference
+
+
+def check_usable(usable: Tensor) -> None:
+    """Raise `ModelError` unless that is so."""
+    if not usable:
+        raise ModelError(
+            "the output of the unchanged model is not finite, or zero, on the given inputs, so nothing can be compared with it"
+        )
+
+
+def reference_in_passing(program: Program, outputs: Sequence[Any]) -> Reference:
+    """`reference_of` without waiting for the device, so whether it is usable remains to be checked."""
     output = main_output(outputs).detach()
     placeholders = program.graph.find_nodes(op="placeholder")
     tables = {vocabulary(program, node) for node in placeholders if node.name in program.inputs}
