@@ -35,11 +35,13 @@ class GraphPass(CustomGraphPass):
         """Rewrite a graph in place; one without operators of qpc stays as it is."""
         for other in self.before:
             other(graph)
-        changed = merge_equal(graph) + fuse_norms(graph)
-        gates, remarks = fuse_gates(graph)
-        for remark in remarks:
-            _LOG.info("%s", remark)
-        if changed + gates + fuse_ropes(graph):
+        changed = merge_equal(graph)
+        for fuse in (fuse_norms, fuse_gates, fuse_ropes):
+            fused, remarks = fuse(graph)
+            changed += fused
+            for remark in remarks:
+                _LOG.info("%s", remark)
+        if changed:
             graph.eliminate_dead_code()
             graph.lint()
 

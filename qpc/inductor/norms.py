@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from qpc.inductor.nodes import aten, call, is_call, is_constant, results, unconverted
+from qpc.ir.program import Remark
 from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
 
 ROTATE = torch.ops.qpc.rotate_operand.default
@@ -22,30 +23,47 @@ class Norm:
     offset: float
 
 
-def fuse_norms(graph: fx.Graph) -> int:
-    """Put `norm_operand` and `add_norm_operand` in the place of a norm whose result is only rotated. Returns how many.
+def fuse_norms(graph: fx.Graph) -> tuple[int, list[Remark]]:
+    """Put `norm_operand` and `add_norm_operand` in the place of a norm whose result is only rotated. Returns how many, and why others were
+    left alone.
 
     What stood between them in less than float32 is no longer rounded there. A sum is rounded as before, and given to its other readers.
+    What is no norm is not spoken of.
     """
-    fused = 0
+    fused, remarks = 0, []
     for node in list(graph.nodes):
-        if is_call(node, ROTATE) and _fuse(graph, node):
+        norm = match_norm(node.args[0]) if is_call(node, ROTATE) else None
+        if norm is None:
+            continue
+        reason = _obstacle(node, norm)
+        if reason is None:
+            _fuse(graph, node, norm)
             fused += 1
+        else:
+            remarks.append(Remark("norms", node.args[0].name, reason))
     if fused:
         graph.eliminate_dead_code()
-    return fused
+    return fused, remarks
 
 
-def _fuse(graph: fx.Graph, rotation: fx.Node) -> bool:
-    rotated, signs, block = rotation.args
-    if not isinstance(rotated, fx.Node) or any(user.target is not ROTATE for user in rotated.users):
-        return False
-    norm = match_norm(rotated)
-    if norm is None or not is_constant(signs):
-        return False
-    features, rest = rotated.meta["val"].shape[-1], (norm.weight, norm.eps, norm.offset, signs, block)
-    if norm.weight.meta["val"].shape != (features,) or norm.x.meta["val"].shape[-1] != features:
-        return False
+def _obstacle(rotation: fx.Node, norm: Norm) -> str | None:
+    """Why a norm does not go into the rotation that reads it."""
+    rotated, signs, _ = rotation.args
+    assert isinstance(rotated, fx.Node)
+    others = [user.name for user in rotated.users if user.target is not ROTATE]
+    if others:
+        return f"the normalized value is read by {', '.join(others)} too"
+    if not is_constant(signs):
+        return "the graph computes the signs of the rotation"
+    features, shapes = rotated.meta["val"].shape[-1], [tuple(each.meta["val"].shape) for each in (norm.weight, norm.x)]
+    if shapes[0] != (features,) or shapes[1][-1] != features:
+        return f"the weight is {shapes[0]} and the value {shapes[1]}; required ({features},) and (…, {features})"
+    return None
+
+
+def _fuse(graph: fx.Graph, rotation: fx.Node, norm: Norm) -> None:
+    _, signs, block = rotation.args
+    rest = (norm.weight, norm.eps, norm.offset, signs, block)
     terms = _terms(norm.x) if norm.weight < norm.x and signs < norm.x else None  # type: ignore[operator]
     if terms is None:
         with graph.inserting_before(rotation):
@@ -60,10 +78,9 @@ def _fuse(graph: fx.Graph, rotation: fx.Node) -> bool:
         user.replace_all_uses_with(operand[user.args[1]])  # type: ignore[index]
         graph.erase_node(user)
     graph.erase_node(rotation)
-    return True
 
 
-def match_norm(result: fx.Node) -> Norm | None:
+def match_norm(result: Any) -> Norm | None:
     """The RMSNorm that a node is the result of, as transformers write it; None if it is none."""
     product = unconverted(result)
     if not is_call(product, aten.mul.Tensor):

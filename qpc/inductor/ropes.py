@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from qpc.inductor.nodes import aten, is_call
+from qpc.ir.program import Remark
 from qpc.kernels import attention_ops as _ops  # noqa: F401 - importing it registers torch.ops.qpc
 
 ATTENTION = torch.ops.qpc.decode_attention.default
@@ -24,22 +25,41 @@ class Turned:
     sin: fx.Node
 
 
-def fuse_ropes(graph: fx.Graph) -> int:
-    """Let attention turn query and key where both are turned by the same angles, and nothing else reads the results. Returns how many."""
-    fused = 0
+def fuse_ropes(graph: fx.Graph) -> tuple[int, list[Remark]]:
+    """Let attention turn query and key where both are turned by the same angles, and nothing else reads the results. Returns how many, and
+    why others were left alone.
+
+    Where neither is turned nothing is said.
+    """
+    fused, remarks = 0, []
     for node in graph.find_nodes(op="call_function", target=FUNCTIONAL):
         if node.args[0] is not ATTENTION or node.kwargs["cos"] is not None:
             continue
-        q, k = node.kwargs["q"], node.kwargs["k"]
-        turned_q, turned_k = match_turned(q), match_turned(k)
-        if turned_q is None or turned_k is None or len(q.users) > 1 or len(k.users) > 1:
-            continue
-        if (turned_q.cos, turned_q.sin) == (turned_k.cos, turned_k.sin):
-            node.kwargs = {**node.kwargs, "q": turned_q.x, "k": turned_k.x, "cos": turned_q.cos, "sin": turned_q.sin}
+        found = match_turned(node.kwargs["q"]), match_turned(node.kwargs["k"])
+        reason = _obstacle(node, *found)
+        if reason is not None:
+            remarks.append(Remark("ropes", node.name, reason))
+        elif found[0] is not None and found[1] is not None:
+            node.kwargs = {**node.kwargs, "q": found[0].x, "k": found[1].x, "cos": found[0].cos, "sin": found[0].sin}
             for key in STRIDES:
                 node.meta.pop(key, None)
             fused += 1
-    return fused
+    return fused, remarks
+
+
+def _obstacle(attention: fx.Node, q: Turned | None, k: Turned | None) -> str | None:
+    """Why the turns of query and key do not go into their attention; None also where there are none."""
+    if q is None and k is None:
+        return None
+    if q is None or k is None:
+        return f"the {'query' if q is None else 'key'} is not turned as the other is, by the rotary embedding that transformers writes"
+    if (q.cos, q.sin) != (k.cos, k.sin):
+        return "query and key are turned by other angles"
+    for name in ("q", "k"):
+        others = [user.name for user in attention.kwargs[name].users if user is not attention]  # type: ignore[union-attr]
+        if others:
+            return f"the turned {'query' if name == 'q' else 'key'} is read by {', '.join(others)} too"
+    return None
 
 
 def match_turned(node: Any) -> Turned | None:

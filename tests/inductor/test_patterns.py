@@ -13,9 +13,10 @@ from qpc.inductor.gates import LEAST_ROWS, fuse_gates, match_activation
 from qpc.inductor.hook import GraphPass
 from qpc.inductor.merge import merge_equal
 from qpc.inductor.norms import fuse_norms, match_norm
-from qpc.inductor.ropes import match_turned
+from qpc.inductor.ropes import ATTENTION, FUNCTIONAL, fuse_ropes, match_turned
 from qpc.kernels import operand_ops as _operands  # noqa: F401 - importing it registers torch.ops.qpc
 from qpc.kernels.gate import Activation
+from qpc.kernels.operand import unpack_operand
 
 FEATURES, EPS = 32, 1e-5
 X = torch.randn(2, 1, FEATURES, generator=torch.Generator().manual_seed(0))
@@ -56,13 +57,18 @@ def targets(recorded: fx.GraphModule) -> list[str]:
     return [name.removeprefix("qpc.").removesuffix(".default") for name in names if name.startswith("qpc.")]
 
 
+def norm_twice(x: Tensor, weight: Tensor, signs: Tensor) -> tuple[Tensor, ...]:
+    result = llama(x, weight)
+    return (*rotated(result, signs), result + 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [llama, gemma, olmo])
 def test_norms_of_every_spelling(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
     x, weight = X.to(dtype), WEIGHT.to(dtype)
     plain = graph_of(lambda x, w, s: rotated(norm(x, w), s), x, weight, SIGNS)
     expected = plain(x, weight, SIGNS)
-    assert fuse_norms(plain.graph) == 1
+    assert fuse_norms(plain.graph) == (1, [])
     plain.recompile()
     assert targets(plain) == ["norm_operand"]
     (node,) = (node for node in plain.graph.nodes if "norm_operand" in str(node.target))
@@ -80,7 +86,7 @@ def test_a_sum_is_computed_once_for_all_its_readers() -> None:
     other = X.flip(0)
     recorded = graph_of(block, X, other, WEIGHT, SIGNS)
     expected = recorded(X, other, WEIGHT, SIGNS)
-    assert fuse_norms(recorded.graph) == 1
+    assert fuse_norms(recorded.graph) == (1, [])
     recorded.recompile()
     assert targets(recorded) == ["add_norm_operand"]
     assert not any(node.target is torch.ops.aten.add.Tensor for node in recorded.graph.nodes)
@@ -89,26 +95,30 @@ def test_a_sum_is_computed_once_for_all_its_readers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "function"),
+    ("reason", "function"),
     [
-        ("read elsewhere", lambda x, w, s: (*rotated(llama(x, w), s), llama(x, w).sum(), llama(x, w))),
-        ("a layer norm", lambda x, w, s: rotated(torch.nn.functional.layer_norm(x, (FEATURES,), w), s)),
-        ("a weight that is computed", lambda x, w, s: rotated(llama(x, w.exp()), s)),
-        ("no mean of squares", lambda x, w, s: rotated(w * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + EPS)), s)),
-        ("a mean of another value", lambda x, w, s: rotated(w * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + EPS)), s)),
-        ("a mean along another axis", lambda x, w, s: rotated(w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + EPS)), s)),
+        ("the normalized value is read by add", norm_twice),
+        ("computes the signs", lambda x, w, s: rotated(llama(x, w), s + 1)),
+        (None, lambda x, w, s: rotated(torch.nn.functional.layer_norm(x, (FEATURES,), w), s)),
+        (None, lambda x, w, s: rotated(llama(x, w.exp()), s)),
+        (None, lambda x, w, s: rotated(w * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + EPS)), s)),
+        (None, lambda x, w, s: rotated(w * (x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + EPS)), s)),
+        (None, lambda x, w, s: rotated(w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + EPS)), s)),
     ],
 )
-def test_what_is_left_alone(name: str, function: Callable[..., object]) -> None:
-    if name == "read elsewhere":
-
-        def function(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-            result = llama(x, w)
-            return (*rotated(result, s), result + 1)
-
+def test_norms_that_are_left_alone_say_why(reason: str | None, function: Callable[..., object]) -> None:
+    """None: what is no norm by a given weight, be it that the graph computes the weight, or no mean of squares along the last axis."""
     recorded = graph_of(function, X, WEIGHT, SIGNS)
     before = str(recorded.graph)
-    assert fuse_norms(recorded.graph) == 0 and str(recorded.graph) == before
+    fused, remarks = fuse_norms(recorded.graph)
+    assert fused == 0 and str(recorded.graph) == before
+    assert [reason in str(remark) for remark in remarks] == ([True] if reason is not None else []), remarks
+
+
+def test_a_weight_of_another_width_is_left_alone() -> None:
+    recorded = graph_of(lambda x, w, s: rotated(llama(x, w), s), X, WEIGHT[:1], SIGNS)
+    fused, (remark,) = fuse_norms(recorded.graph)
+    assert fused == 0 and "the weight is (1,) and the value (2, 1, 32); required (32,)" in str(remark)
 
 
 def test_a_norm_without_weight_is_none() -> None:
@@ -136,7 +146,8 @@ BOTH = 3 * torch.randn(LEAST_ROWS, 1, 2 * FEATURES, generator=torch.Generator().
     ids=["silu", "silu last", "gelu", "both factors"],
 )
 def test_gates_are_computed_as_before(kind: Activation, gated: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
-    """Bit for bit what the graph gives operator by operator, gate and up being halves of one product."""
+    """Bit for bit what the graph gives operator by operator, gate and up being halves of one product; in float32 up to a step of the operand,
+    since an activation that is spelled out differs in its last bit here and there."""
     both = BOTH.to(dtype)
     recorded = graph_of(lambda y, s: rotated(gated(*y.chunk(2, -1)), s), both, SIGNS, decomposed=True)
     expected = recorded(both, SIGNS)
@@ -145,7 +156,12 @@ def test_gates_are_computed_as_before(kind: Activation, gated: Callable[[Tensor,
     assert targets(recorded) == ["gated_operand"]
     (node,) = (node for node in recorded.graph.nodes if "gated_operand" in str(node.target))
     assert node.args[2] == kind.value and "split" in str(node.args[0].args[0].target), "gate is read where it lies"
-    assert all(torch.equal(*pair) for pair in zip(recorded(both, SIGNS), expected, strict=True))
+    found = recorded(both, SIGNS)
+    if dtype is torch.float32:
+        steps = (unpack_operand(*found) - unpack_operand(*expected)).abs() / expected[1].double()[:, None, None]
+        assert steps.max() < 1.5
+    else:
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def silu_twice(gate: Tensor, up: Tensor, signs: Tensor) -> tuple[Tensor, ...]:
@@ -224,6 +240,32 @@ def test_rotary_embeddings(function: Callable[[Tensor, Tensor, Tensor], Tensor],
     if match is not None:
         assert [node.op for node in (match.x, match.cos, match.sin)] == ["placeholder"] * 3
         assert match.cos is not match.sin
+
+
+@pytest.mark.parametrize(
+    ("reason", "function"),
+    [
+        (None, lambda q, k, c, s: (turned(q, c, s), turned(k, c, s))),
+        (None, lambda q, k, c, s: (q * 2, k * 2)),
+        ("query and key are turned by other angles", lambda q, k, c, s: (turned(q, c, s), turned(k, s, c))),
+        ("the key is not turned as the other is", lambda q, k, c, s: (turned(q, c, s), k * 2)),
+        ("the turned query is read by", lambda q, k, c, s: (turned(q, c, s), turned(k, c, s))),
+    ],
+)
+def test_turns_that_are_left_alone_say_why(
+    reason: str | None, function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    recorded = graph_of(function, Q, Q[:, :2], *ANGLES)
+    (output,) = (node for node in recorded.graph.nodes if node.op == "output")
+    q, k = output.args[0]
+    with recorded.graph.inserting_before(output):
+        kwargs = {"q": q, "k": k, "cos": None, "sin": None}
+        attention = recorded.graph.call_function(FUNCTIONAL, (ATTENTION,), kwargs)
+        other = recorded.graph.call_function(torch.ops.aten.neg.default, (q,)) if reason and "read" in reason else None
+    output.args = ((attention, other),)
+    fused, remarks = fuse_ropes(recorded.graph)
+    assert [reason in str(remark) for remark in remarks] == ([True] if reason is not None else []), remarks
+    assert fused == (reason is None and match_turned(q) is not None)
 
 
 def test_equal_operators_become_one_and_others_stay() -> None:
