@@ -146,8 +146,8 @@ BOTH = 3 * torch.randn(LEAST_ROWS, 1, 2 * FEATURES, generator=torch.Generator().
     ids=["silu", "silu last", "gelu", "both factors"],
 )
 def test_gates_are_computed_as_before(kind: Activation, gated: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
-    """Bit for bit what the graph gives operator by operator, gate and up being halves of one product; in float32 up to a step of the operand,
-    since an activation that is spelled out differs in its last bit here and there."""
+    """Bit for bit what the graph gives operator by operator, gate and up being halves of one product; in float32 up to a step of the
+    operand, since an activation that is spelled out differs in its last bit here and there."""
     both = BOTH.to(dtype)
     recorded = graph_of(lambda y, s: rotated(gated(*y.chunk(2, -1)), s), both, SIGNS, decomposed=True)
     expected = recorded(both, SIGNS)
