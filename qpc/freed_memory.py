@@ -8,8 +8,8 @@ from typing import Any
 def give_back() -> None:
     """Let the system have it.
 
-    After many tensors of some megabytes glibc keeps hundreds of them, in pieces that none of the matrices fits that come next; those get
-    memory of their own. Without effect where the C library has no `malloc_trim`.
+    After many tensors of some megabytes glibc keeps hundreds of megabytes, in pieces too small for the matrices to come, which get memory
+    of their own. Without effect where the C library has no `malloc_trim`.
     """
     trim = _trim()
     if trim is not None:

@@ -95,7 +95,7 @@ class Feedback:
 
     @staticmethod
     def expected(moment: Moment) -> Expected:
-        """Of that of a moment, without making it. Raises as `of` does."""
+        """What the feedback of a moment is expected to leave, without its matrices. Raises as `of` does."""
         inputs, judge, damping = _halves(moment, None)
         del moment
         found = _best_damping(inputs, judge, BLOCK_COLUMNS) if damping is None else _unit_of(inputs, damping, judge, BLOCK_COLUMNS)[2:]
