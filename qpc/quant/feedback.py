@@ -135,17 +135,18 @@ class Feedback:
 
         weight, made: float32 [out_features, in_features]. distortion: of the quantizer. 1 if there is nothing to lose.
         """
-        error = weight - made
-        felt, mean = error @ self.judge, float(self.judge.diagonal().mean(dtype=torch.float64))
+        mean = float(self.judge.diagonal().mean(dtype=torch.float64))
         if self.outputs is None:
-            left = float((felt * error).sum(dtype=torch.float64))
-            energy = float(weight.square().sum(dtype=torch.float64)) * mean
+            energy = float(weight.square().sum(dtype=torch.float64)) * mean  # of which nothing is left when the error is made
+            error = weight - made
+            left = float((error @ self.judge).mul_(error).sum(dtype=torch.float64))
         else:
-            deviations = row_deviations(weight).to(error)
+            energy = float(self.outputs.judge.diagonal().sum(dtype=torch.float64)) * weight.shape[1] * mean
+            error = weight - made
+            felt, deviations = error @ self.judge, row_deviations(weight).to(error)
             error = error / torch.where(deviations > 0, deviations, 1)[:, None]
             felt = felt / torch.where(deviations > 0, deviations, 1)[:, None]
             left = float(((self.outputs.judge @ felt) * error).sum(dtype=torch.float64))
-            energy = float(self.outputs.judge.diagonal().sum(dtype=torch.float64)) * weight.shape[1] * mean
         return left / (distortion * energy) if energy > 0 else 1.0
 
     @property
