@@ -189,9 +189,7 @@ def _best_scales(unit: Tensor, made: Tensor) -> Tensor:
     return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
 
 
-def _slabs(
-    out_features: int, in_features: int, device: torch.device, most: int, feedback: RowFeedback | None = None
-) -> Iterator[slice]:
+def _slabs(out_features: int, in_features: int, device: torch.device, most: int, feedback: RowFeedback | None = None) -> Iterator[slice]:
     """Whole block rows of about so many weights on a CPU, which bounds the memory of the temporaries; coupled rows stay together."""
     most = most if device.type == "cpu" else GPU_SLAB_WEIGHTS
     height = max(1, most // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
