@@ -5,8 +5,9 @@ SIGKILL once it has packed the linears of some decoder layers, called again, whi
 later; the time of all layers is extrapolated. With `--layers 32` it runs to its end, once. The bound of memory is four times the largest
 linear in float32 and 1.5 GB; on a GPU, whose libraries alone take as much, memory is stated but not checked.
 
-With `--calibration-tokens` errors are fed back. The tokens are random: this is about memory and time. The bound is then that of a decoder
-layer, since its weights are held while the moments of what they read are.
+With `--calibration-tokens` errors are fed back. The tokens are random: this is about memory and time. The bound is then four times a
+decoder layer in float32 and 1.5 GB, the weights of all seven of its linears counted (`layer_weights` of a row): what is held are those of
+half a layer, as they are stored, and about three matrices of the size of the widest moment.
 """
 
 import argparse
@@ -93,10 +94,13 @@ def write_model(directory: Path, sizes: dict[str, Any]) -> None:
 
 
 def write_tokens(directory: Path, sizes: dict[str, Any], tokens: int) -> None:
-    """Random ones, as `qpc sample` would write its own; none for 0."""
-    if tokens:
-        drawn = torch.randint(sizes["vocab_size"], (tokens // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
-        TokenFile(drawn, Origin("random tokens", "none", sizes["vocab_size"], 0)).write(directory / TOKENS)
+    """Random ones, as `qpc sample` would write its own, unless they are there: a journal knows a file by its time too. None for 0."""
+    if not tokens:
+        return
+    path = directory / TOKENS
+    drawn = torch.randint(sizes["vocab_size"], (tokens // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    if not path.is_file() or not torch.equal(TokenFile.read(path).tokens, drawn):
+        TokenFile(drawn, Origin("random tokens", "none", sizes["vocab_size"], 0)).write(path)
 
 
 def layer_shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -137,6 +141,7 @@ def measure(command: "Command", sizes: dict[str, Any], layers: int) -> dict[str,
         "model": f"Llama, {total} layers of {sizes['hidden_size']}, random bfloat16",
         "model_bytes": sum(path.stat().st_size for path in command.model.glob("*.safetensors") if path.name != TOKENS),
         "largest_linear": largest,
+        "layer_weights": weights,
         "bits": command.bits,
         "effort": command.effort,
         "calibration_tokens": command.tokens,

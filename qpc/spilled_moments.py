@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qpc.calibration import Samples
+from qpc.freed_memory import give_back
 from qpc.held_source import HeldSource
 from qpc.ir.annotation import site_of
 from qpc.ir.program import Program
@@ -36,8 +37,8 @@ Sums = Mapping[Key, tuple[Sum | ExpertSums, Sum | ExpertSums]]
 class SpilledMoments:
     """A `SecondMoments` that goes through a program once, from segment to segment.
 
-    The weights of a segment are in memory while its moments are taken, and until the next begins, for they are packed meanwhile. The
-    activations of one batch are; those of all batches are on the disk, before this segment and before the next.
+    The weights of a segment are in memory while its moments are taken, and those that read the last of them, which are packed then, until
+    the next begins. The activations of one batch are; those of all batches are on the disk, before this segment and before the next.
     """
 
     def __init__(self, program: Program, nodes: Iterable[fx.Node], samples: Samples, source: HeldSource, spill: Spill) -> None:
@@ -52,11 +53,13 @@ class SpilledMoments:
         self._same = representatives(program.graph)
         self._order = {node: position for position, node in enumerate(program.graph.nodes)}
         self._wanted: list[dict[Key, list[fx.Node]]] = [{} for _ in self._segments]
+        self._weights: dict[Key, list[str]] = {}
         by_weight: dict[str, list[fx.Node]] = {}
         for node in nodes:
             by_weight.setdefault(site_of(node).weight, []).append(node)
-        for sharing in by_weight.values():
+        for weight, sharing in by_weight.items():
             self._wanted[self._place[sharing[0]]].setdefault(self._key(sharing), sharing)
+            self._weights.setdefault(self._key(sharing), []).append(weight)
         self._current = -1
         self._sums: dict[Key, tuple[Sum | ExpertSums, Sum | ExpertSums]] = {}
 
@@ -100,8 +103,11 @@ class SpilledMoments:
             self._current = number
         if key not in self._sums:
             self._sums = {}  # before others take their place
+            give_back()
             self._sums = {each: (self._empty(each), self._empty(each)) for each in self._together(number, key)}
             self._run(number, self._sums)
+            if [*self._wanted[number]][-1] in self._sums:  # nothing of the segment is run again
+                self._source.hold(weight for each in self._sums for weight in self._weights[each])
         return self._sums.pop(key)
 
     def _empty(self, key: Key) -> Sum | ExpertSums:

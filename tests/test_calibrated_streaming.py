@@ -3,9 +3,7 @@
 That it goes on wherever it is interrupted is tested with all other streams.
 """
 
-import gc
 from collections.abc import Callable
-from ctypes import CDLL
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,14 @@ from qpc.options import Options
 from qpc.passes.canonicalize import Canonicalize
 from qpc.passes.fusion import Fusion
 from qpc.passes.pipeline import Pipeline
+from qpc.safetensors_source import OnDisk
 from qpc.sensitivity import perturbed
 from qpc.spill import Spill
 from qpc.spilled_moments import SpilledMoments
 from qpc.work_in_progress import working_on
 from tests import interrupted
 from tests.families import WIDTH, decoder, grouped, tokens
+from tests.memory import memory_bytes, settled
 from tests.mixtures import MIXTURES, STACKED
 from tests.test_streaming import MODELS, given, sensitivities
 
@@ -125,6 +125,29 @@ def test_moments_of_experts_are_those_of_a_model_in_memory(tmp_path: Path) -> No
                 assert torch.equal(found.held_out.matrix, expected.held_out.matrix)
 
 
+def test_weights_are_dropped_before_the_widest_moment_is_factored(
+    stored: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once nothing of a part is run again, all but those that read the last of its inputs, which are packed then."""
+    monkeypatch.setattr(spilled_moments, "MOMENT_BYTES", 1)
+    program = Stream.of(stored("small"), Options.of(3, calibration=TEXT), given(stored("small"))).program
+    source = program.source
+    assert isinstance(source, HeldSource)
+    seen = 0
+    with working_on(tmp_path / "out", {}) as work:
+        assert work is not None
+        moments = SpilledMoments(program, program.linears(), Samples((tokens(2, 9),), (), ""), source, Spill(work, "any"))
+        for node in program.linears():
+            moments.moment([node])
+            weight = site_of(node).weight
+            others = [weight.replace("down", other) for other in ("gate", "up")] if "down" in weight else []
+            if others:
+                assert isinstance(source.find(weight), Tensor)
+                seen += 1
+            assert all(source.reads[other] == 1 and isinstance(source.find(other), OnDisk) for other in others)
+    assert seen == 2
+
+
 class Live:
     """A source that is asked for nothing, since the module has all values."""
 
@@ -144,11 +167,7 @@ def growth_bytes(directory: Path, layers: int) -> int:
     numbers = sensitivities(model)
     del model
     text = {"calibration": tokens(8, 16), "exclude": ("*mlp*", "*.[qkv]_proj"), "effort": "fast"}
-    gc.collect()
-    CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: tensors that are freed go back to the system at once
-    CDLL("libc.so.6").malloc_trim(0)  # and what earlier work left would hide as much growth
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is then what is held now
-    before = memory_bytes("VmRSS")
+    before = settled()
     plan = Stream.of(directory, Options.of(4, **text), numbers)
     plan.carry_out(directory / "out")
     source = plan.program.source
@@ -158,12 +177,6 @@ def growth_bytes(directory: Path, layers: int) -> int:
 
 LAYER_BYTES = 3 * 26_000 * WIDTH * 4
 """Of the feed-forward network of one layer of that model."""
-
-
-def memory_bytes(what: str) -> int:
-    """As the system counts it: VmRSS, that of this process now; VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 @pytest.mark.parametrize(

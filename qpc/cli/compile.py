@@ -1,5 +1,6 @@
 """The command `qpc compile`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,7 @@ def compile_model(
     as_json: AsJson = False,
 ) -> None:
     """Compress MODEL to a budget and write it to OUT."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch is loaded: threads that wait leave the cores to the encoder's
     from qpc.calibration import parse as parse_calibration
     from qpc.cluster import on_ray
     from qpc.options import latency_for

@@ -1,6 +1,6 @@
 """Calibrate: how much of the error of each weight feedback will leave, known before anything is rounded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,8 +12,8 @@ from qpc.moments import SecondMoments
 from qpc.passes.base import Pass, PassResult
 from qpc.passes.feedbacks import Feedbacks, Key, Known
 from qpc.progress import Progress, silent, track
-from qpc.quant.feedback import Feedback, StackFeedback
-from qpc.quant.unfactored import Unfactored, factored
+from qpc.quant.feedback import Expected, Feedback, StackFeedback
+from qpc.quant.unfactored import Unfactored, expected, factored
 from qpc.spread import HERE, Spread
 
 ALIKE = "all rows that an expert reads count alike: gradients do not say which of them matter"
@@ -59,9 +59,10 @@ class Calibrate(Pass):
         remarks = (self.declined(f"{stacks[0]}{more}", ALIKE),) if stacks and self.samples.importance is not None else ()
         return PassResult(tuple(site_of(node).name for node in nodes), remarks)
 
-    def _made(self, feedbacks: Feedbacks) -> Iterator[tuple[Key, Feedback | StackFeedback]]:
-        """The weights with their feedback, if that was not known."""
-        for keys, feedback in self.spread(factored, self._unfactored(feedbacks)):
+    def _made(self, feedbacks: Feedbacks) -> Iterator[tuple[Key, Feedback | StackFeedback | Expected]]:
+        """The weights with their feedback, or what is expected of it, if that was not known."""
+        make: Callable[[Unfactored], Feedback | StackFeedback | Expected] = factored if self.known.matrices else expected
+        for keys, feedback in self.spread(make, self._unfactored(feedbacks)):
             yield from ((key, feedback) for key in keys)
 
     def _unfactored(self, feedbacks: Feedbacks) -> Iterator[tuple[list[Key], Unfactored]]:

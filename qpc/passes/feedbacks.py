@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import networkx as nx  # type: ignore[import-untyped]
 from torch import fx
@@ -14,7 +15,7 @@ from qpc.ir.program import Program
 from qpc.ir.values import representatives
 from qpc.moments import MomentStream, SecondMoments
 from qpc.plain_files import parse_json
-from qpc.quant.feedback import Feedback, StackFeedback, row_deviations
+from qpc.quant.feedback import Expected, Feedback, StackFeedback, row_deviations
 from qpc.quant.hadamard import block_within
 from qpc.quant.moment import filled_up
 from qpc.quant.rotation import Rotation, seeded_generator
@@ -46,24 +47,22 @@ Key = tuple[str, str]
 """The name of a weight, and that of the site whose signs it has."""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What is known of feedback without its matrices: the share of the error that it will leave, and its damping."""
-
-    share: float
-    damping: float
-
-
 @dataclass
 class Known:
-    """What was found of feedback before: of all of it what is expected, and as much of it as memory allows."""
+    """What was found of feedback before: of all of it what is expected, and as much of it as memory allows.
 
+    matrices: whether feedback itself is of use to it.
+    """
+
+    matrices: ClassVar[bool] = True
     expected: dict[Key, Expected] = field(default_factory=dict)
     _kept: dict[Key, Feedback | StackFeedback] = field(default_factory=dict)
 
-    def keep(self, key: Key, feedback: Feedback | StackFeedback) -> None:
-        """Remember feedback."""
+    def keep(self, key: Key, feedback: Feedback | StackFeedback | Expected) -> None:
+        """Remember feedback, or what is expected of it."""
         self.expected[key] = Expected(feedback.share, feedback.damping)
+        if isinstance(feedback, Expected):
+            return
         distinct = {id(each): each.nbytes for each in (*self._kept.values(), feedback)}
         if sum(distinct.values()) <= KEPT_BYTES:
             self._kept[key] = feedback

@@ -50,14 +50,14 @@ def pack(order: Order) -> list[tuple[PackedWeight, Facts]]:
 
     The result for a weight does not depend on what is packed with it. Raises `QuantizerError` for a weight that cannot be quantized.
     """
+    given = [parcel.feedback for parcel in order.parcels]  # made before weights are read, since it takes the most memory
+    feedbacks = [each.feedback if isinstance(each, Unfactored) else each for each in given]
     rotated, kurtosis = [], []
     for parcel in order.parcels:
-        weight = parcel.matrix().float()
+        weight = parcel.matrix()
         kurtosis.append(excess_kurtosis(weight))
-        rotated.append(weight if parcel.rotation is None else parcel.rotation.apply(weight))
+        rotated.append(in_basis(parcel.rotation, weight))
         del weight
-    given = [parcel.feedback for parcel in order.parcels]
-    feedbacks = [each.feedback if isinstance(each, Unfactored) else each for each in given]
     found = quantize_stacked(order.quantizer, rotated, encoder_for(rotated[0].device), feedbacks)
     results = []
     for parcel, original, before, feedback, packed in zip(order.parcels, kurtosis, rotated, feedbacks, found, strict=True):
@@ -72,6 +72,16 @@ def pack(order: Order) -> list[tuple[PackedWeight, Facts]]:
         results.append((packed, facts))
         del made
     return results
+
+
+def in_basis(rotation: Rotation | None, weight: Tensor) -> Tensor:
+    """A weight in the basis that it is rounded in, float32; rotated some rows at a time, whose temporaries are small beside it."""
+    if rotation is None:
+        return weight.float()
+    made = torch.empty(weight.shape, device=weight.device)
+    for rows, into in zip(_row_slabs(weight), _row_slabs(made), strict=True):
+        into.copy_(rotation.apply(rows.float()))
+    return made
 
 
 def excess_kurtosis(weight: Tensor) -> float:

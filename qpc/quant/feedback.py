@@ -27,6 +27,7 @@ from torch.nn import functional
 from qpc.errors import QuantizerError
 from qpc.quant.layout import BLOCK_COLUMNS, BLOCK_ROWS
 from qpc.quant.moment import Moment
+from qpc.quant.triangle import Triangle
 
 DEFAULT_DAMPING = 1e-2
 """Relative to the mean of the diagonal, where there are no held-out samples (the value of GPTQ, arXiv 2210.17323, section 3)."""
@@ -39,6 +40,14 @@ SLAB = 512
 
 DAMPING_RANGE = (1e-5, 10.0)
 """Where that ends in any case."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of feedback without its matrices: the share of the error that it will leave, and its damping."""
+
+    share: float
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -66,23 +75,31 @@ class Feedback:
         """Factor the second moment of a linear's inputs.
 
         moment: in the basis of the weight, of any rank. damping: by default the best for the held-out part of the moment, if it has one.
-        block: columns that are rounded together. If this holds the only reference to the moment, about four matrices of its size in float32
-        are held at most.
+        block: columns that are rounded together. If this holds the only reference to the moment, about three matrices of its size in
+        float32 are held at most.
 
         Raises `QuantizerError` if the moment is not square or not finite.
         """
-        matrix = moment.matrix
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not bool(matrix.isfinite().all()):
-            raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(matrix.shape)}")
-        if not bool(matrix.diagonal().sum(dtype=torch.float64) > 0):  # inputs that are always zero: nothing to weigh by
-            matrix = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        judge = None if moment.held_out is None else moment.held_out.matrix
-        if judge is None or not bool(judge.diagonal().sum(dtype=torch.float64) > 0):
-            judge, damping = matrix, damping or DEFAULT_DAMPING
-        unit, corners, damping, share = _unit_of(matrix, damping or _best_damping(matrix, judge, block), judge, block)
-        del moment, matrix  # the carry takes their place
+        inputs, judge, damping = _halves(moment, damping)
+        del moment  # its memory is needed for the factor
+        unit, corners, damping, share = _unit_of(inputs, damping or _best_damping(inputs, judge, block)[0], judge, block)
         unit.diagonal().sub_(1)
-        return Feedback(unit.float(), corners.float(), judge.float(), damping, share)
+        features, columns = len(inputs.kept), len(unit)
+        inputs.put(unit[:features, :features])  # which waits there until the factor is dropped
+        del unit
+        carry = torch.zeros(columns, columns, device=corners.device).t()
+        inputs.fill(carry[:features, :features])
+        whole = torch.empty(features, features, device=corners.device)
+        judge.fill(whole, symmetric=True)
+        return Feedback(carry, corners.float(), whole, damping, share)
+
+    @staticmethod
+    def expected(moment: Moment) -> Expected:
+        """What the feedback of a moment is expected to leave, without its matrices. Raises as `of` does."""
+        inputs, judge, damping = _halves(moment, None)
+        del moment
+        found = _best_damping(inputs, judge, BLOCK_COLUMNS) if damping is None else _unit_of(inputs, damping, judge, BLOCK_COLUMNS)[2:]
+        return Expected(share=found[1], damping=found[0])
 
     def and_of(self, gradients: Moment) -> "Feedback":
         """The same with feedback between rows.
@@ -118,17 +135,18 @@ class Feedback:
 
         weight, made: float32 [out_features, in_features]. distortion: of the quantizer. 1 if there is nothing to lose.
         """
-        error = weight - made
-        felt, mean = error @ self.judge, float(self.judge.diagonal().mean(dtype=torch.float64))
+        mean = float(self.judge.diagonal().mean(dtype=torch.float64))
         if self.outputs is None:
-            left = float((felt * error).sum(dtype=torch.float64))
-            energy = float(weight.square().sum(dtype=torch.float64)) * mean
+            energy = float(weight.square().sum(dtype=torch.float64)) * mean  # of which nothing is left when the error is made
+            error = weight - made
+            left = float((error @ self.judge).mul_(error).sum(dtype=torch.float64))
         else:
-            deviations = row_deviations(weight).to(error)
+            energy = float(self.outputs.judge.diagonal().sum(dtype=torch.float64)) * weight.shape[1] * mean
+            error = weight - made
+            felt, deviations = error @ self.judge, row_deviations(weight).to(error)
             error = error / torch.where(deviations > 0, deviations, 1)[:, None]
             felt = felt / torch.where(deviations > 0, deviations, 1)[:, None]
             left = float(((self.outputs.judge @ felt) * error).sum(dtype=torch.float64))
-            energy = float(self.outputs.judge.diagonal().sum(dtype=torch.float64)) * weight.shape[1] * mean
         return left / (distortion * energy) if energy > 0 else 1.0
 
     @property
@@ -192,25 +210,44 @@ class StackFeedback:
         return sum(part.nbytes for part in self.parts)
 
 
-def _best_damping(moment: Tensor, judge: Tensor, block: int) -> float:
-    """The damping with which the least is left by the judge, on a climb or descent from the default by steps."""
-    best, least = _unit_of(moment, DEFAULT_DAMPING, judge, block)[2:]
+def _halves(moment: Moment, damping: float | None) -> tuple[Triangle, Triangle, float | None]:
+    """The moment to factor, that to judge by, and the damping, if it is not to be found out. Raises `QuantizerError`."""
+    matrix = moment.matrix
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not all(bool(rows.isfinite().all()) for rows in torch.split(matrix, SLAB)):
+        raise QuantizerError(f"a moment must be a finite square matrix, got {tuple(matrix.shape)}")
+    if not bool(matrix.diagonal().sum(dtype=torch.float64) > 0):  # inputs that are always zero: nothing to weigh by
+        matrix = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    judge = None if moment.held_out is None else moment.held_out.matrix
+    if judge is None or not bool(judge.diagonal().sum(dtype=torch.float64) > 0):
+        judge, damping = matrix, damping or DEFAULT_DAMPING
+    halves = Triangle.pair(len(matrix), torch.promote_types(matrix.dtype, judge.dtype), matrix.device)
+    for half, values in zip(halves, (matrix, judge), strict=True):
+        half.put(values)
+    return *halves, damping
+
+
+def _best_damping(inputs: Triangle, judge: Triangle, block: int) -> tuple[float, float]:
+    """The damping with which the least is left by the judge, on a climb or else a descent from the default by steps, and that share."""
+    best, least = _unit_of(inputs, DEFAULT_DAMPING, judge, block)[2:]
     for step in (DAMPING_STEP, 1 / DAMPING_STEP):
+        start = best
         while DAMPING_RANGE[0] < best * step < DAMPING_RANGE[1]:
-            other, share = _unit_of(moment, best * step, judge, block)[2:]
+            other, share = _unit_of(inputs, best * step, judge, block)[2:]
             if share >= least or (other < best) != (step < 1):
                 break
             best, least = other, share
-    return best
+        if best > start:  # what lies behind is known
+            break
+    return best, least
 
 
-def _unit_of(moment: Tensor, damping: float, judge: Tensor, block: int) -> tuple[Tensor, Tensor, float, float]:
+def _unit_of(inputs: Triangle, damping: float, judge: Triangle, block: int) -> tuple[Tensor, Tensor, float, float]:
     """The unit lower triangular factor, float64 [columns, columns]; the blocks L_jj; the damping, raised tenfold as long as the damped
     moment cannot be factored; and the share of white errors that the factor leaves.
 
     The factor is the only matrix of that size in float64: all steps are in its place, or go slab by slab.
     """
-    lower, damping = _lower(moment, damping, block)
+    lower, damping = _lower(inputs, damping, block)
     corners = []
     for start in range(0, len(lower), SLAB):
         panel = lower[start:, start : start + SLAB]
@@ -221,25 +258,26 @@ def _unit_of(moment: Tensor, damping: float, judge: Tensor, block: int) -> tuple
     return lower, torch.cat(corners), damping, _share_left(lower, judge)
 
 
-def _lower(moment: Tensor, damping: float, block: int) -> tuple[Tensor, float]:
+def _lower(inputs: Triangle, damping: float, block: int) -> tuple[Tensor, float]:
     """The Cholesky factor of the damped moment in float64, with an identity below that fills the last block, and the damping.
 
     It lies column by column, as LAPACK wants it, or there would be a copy.
     """
-    failed, features = torch.empty((), dtype=torch.int32, device=moment.device), len(moment)
+    device, features = inputs.kept.device, len(inputs.kept)
+    failed, mean = torch.empty((), dtype=torch.int32, device=device), inputs.diagonal.mean()
     while True:
-        lower = torch.eye(-(-features // block) * block, dtype=torch.float64, device=moment.device).t()
-        lower[:features, :features] = moment
-        lower.diagonal()[:features] += damping * moment.diagonal().double().mean()
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        lower = torch.eye(-(-features // block) * block, dtype=torch.float64, device=device).t()
+        inputs.fill(lower[:features, :features])
+        lower.diagonal()[:features] += damping * mean
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))  # which looks at nothing above the diagonal
         if not failed:
             return lower, damping
         damping *= 10
 
 
-def _share_left(unit: Tensor, judge: Tensor) -> float:
+def _share_left(unit: Tensor, judge: Triangle) -> float:
     """tr(U^-1 H' U^-T) / tr(H'), U being `unit`: the sum of r H' r^T over the rows r of U^-1, which are made slab by slab, ends first."""
-    features, left = len(judge), torch.zeros((), dtype=torch.float64, device=unit.device)
+    features, left = len(judge.kept), torch.zeros((), dtype=torch.float64, device=unit.device)
     for start in range(0, features, SLAB):
         stop = min(start + SLAB, features)
         rows = torch.zeros(stop - start, stop, dtype=torch.float64, device=unit.device)
@@ -249,7 +287,7 @@ def _share_left(unit: Tensor, judge: Tensor) -> float:
             part, corner = rows[:, first:last], unit[first:last, first:last]
             part -= rows[:, last:] @ unit[last:stop, first:last]
             part.copy_(torch.linalg.solve_triangular(corner, part, upper=False, left=False))
-            metric = judge[first:stop, first:last].double()
+            metric = judge.symmetric(slice(first, stop), slice(first, last))
             metric[last - first :] *= 2  # what is above the diagonal is the same
             left += (rows[:, first:] @ metric * part).sum()
-    return float(left / judge.diagonal().double().sum())
+    return float(left / judge.diagonal.sum())

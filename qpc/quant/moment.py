@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qpc.quant.rotation import Rotation
 
-SLAB = 2048
+SLAB = 512
 """Rows or columns of a moment that are worked on at a time, so that temporaries are small beside it."""
 
 

@@ -20,10 +20,13 @@ from qpc.quant.rotation import Rotation
 from qpc.quant.rounding import RowFeedback
 
 SLAB_WEIGHTS = 1 << 23
-"""Weights that are quantized or decoded at a time on a CPU."""
+"""Weights that are quantized at a time on a CPU."""
+
+DECODED_WEIGHTS = 1 << 21
+"""Weights that are decoded at a time there, each of which takes some tens of bytes meanwhile."""
 
 GPU_SLAB_WEIGHTS = 1 << 25
-"""The same on a GPU, which wants more rings at once."""
+"""The same on a GPU, both; it wants more rings at once."""
 
 RingEncoder = Callable[[Tensor, int, int], Tensor]
 """`encoder(values [rings, steps, 2] float32, step_bits, window_bits) -> words [rings, steps * step_bits / 32] int32`."""
@@ -116,7 +119,7 @@ class Quantizer(ABC):
             raise QuantizerError("a weight must be finite, got NaN or infinity")
         out_features, in_features = weight.shape
         made = []
-        for rows in _slabs(out_features, in_features, weight.device, feedback):
+        for rows in _slabs(out_features, in_features, weight.device, SLAB_WEIGHTS, feedback):
             made.append(self._quantize_rows(weight[rows], encoder, None if feedback is None else feedback.of_rows(rows)))
         codes = tuple(torch.cat(part) for part in zip(*(codes for codes, _ in made), strict=True))
         return PackedWeight(out_features, in_features, self, codes, torch.cat([scales for _, scales in made]))
@@ -125,7 +128,7 @@ class Quantizer(ABC):
         """Decode: float32 [out_features, in_features], in the rotated basis."""
         parts = self.parts(packed.in_features)
         out = torch.empty(packed.out_features, packed.in_features, device=packed.scales.device)
-        for rows in _slabs(packed.out_features, packed.in_features, out.device):
+        for rows in _slabs(packed.out_features, packed.in_features, out.device, DECODED_WEIGHTS):
             blocks = slice(rows.start // BLOCK_ROWS, row_blocks(rows.stop))
             unit = torch.cat([part.decode(codes[blocks]) for (part, _), codes in zip(parts, packed.codes, strict=True)], dim=1)
             height = rows.stop - rows.start
@@ -186,9 +189,9 @@ def _best_scales(unit: Tensor, made: Tensor) -> Tensor:
     return torch.where(energy > 0, product / energy.clamp_min(1e-30), 0)
 
 
-def _slabs(out_features: int, in_features: int, device: torch.device, feedback: RowFeedback | None = None) -> Iterator[slice]:
-    """Whole block rows of about `SLAB_WEIGHTS` weights, which bounds the memory of the temporaries; coupled rows stay together."""
-    most = SLAB_WEIGHTS if device.type == "cpu" else GPU_SLAB_WEIGHTS
+def _slabs(out_features: int, in_features: int, device: torch.device, most: int, feedback: RowFeedback | None = None) -> Iterator[slice]:
+    """Whole block rows of about so many weights on a CPU, which bounds the memory of the temporaries; coupled rows stay together."""
+    most = most if device.type == "cpu" else GPU_SLAB_WEIGHTS
     height = max(1, most // (BLOCK_ROWS * in_features)) * BLOCK_ROWS
     if feedback is not None:
         yield from feedback.slabs(height)

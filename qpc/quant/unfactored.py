@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qpc.quant.feedback import Feedback, StackFeedback
+from qpc.quant.feedback import Expected, Feedback, StackFeedback
 from qpc.quant.moment import Moment
 from qpc.quant.rotation import Rotation
 
@@ -36,14 +36,23 @@ class Unfactored:
 
         Raises `QuantizerError` if a moment is not square or not finite.
         """
-        moments = list(self.moments)
-        self.moments = ()
-        if self.rotation is not None:
-            moments = _rotated(moments, self.rotation)
+        moments = self._taken()
         if self.stacked:
             return StackFeedback.of(moments)
         found = Feedback.of(moments.pop(), self.damping)
         return found if self.gradients is None else found.and_of(self.gradients)
+
+    def expected(self) -> Expected:
+        """What the feedback would be expected to leave; the moments are then forgotten. Raises as `feedback` does."""
+        if not self.stacked and self.gradients is None and self.damping is None:
+            return Feedback.expected(self._taken().pop())
+        return Expected(self.feedback.share, self.feedback.damping)
+
+    def _taken(self) -> list[Moment]:
+        """The moments in the basis of the weight, of which nothing else is left."""
+        moments = list(self.moments)
+        self.moments = ()
+        return moments if self.rotation is None else _rotated(moments, self.rotation)
 
 
 def _rotated(moments: list[Moment], rotation: Rotation) -> list[Moment]:
@@ -60,3 +69,8 @@ def _rotated(moments: list[Moment], rotation: Rotation) -> list[Moment]:
 def factored(source: Unfactored) -> Feedback | StackFeedback:
     """Its feedback, as a function that can be spread."""
     return source.feedback
+
+
+def expected(source: Unfactored) -> Expected:
+    """What its feedback would be expected to leave, as a function that can be spread."""
+    return source.expected()

@@ -1,13 +1,14 @@
 """Error feedback: the algebra that it rests on, and what it is for."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from qpc.errors import QuantizerError
-from qpc.quant.feedback import Feedback, row_deviations
+from qpc.quant.feedback import Expected, Feedback, row_deviations
 from qpc.quant.moment import Moment
 from qpc.quant.palette import Effort, trellis_at
 from qpc.quant.quantizer import Quantizer
@@ -15,6 +16,7 @@ from qpc.quant.rounding import RowFeedback
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.stacking import quantize_stacked
 from qpc.quant.vector import VectorQuantizer
+from tests.memory import memory_bytes, settled
 
 FEATURES = 200
 QUANTIZERS = [
@@ -208,6 +210,7 @@ def test_slabs_are_only_a_way_to_need_little_memory(features: int, monkeypatch: 
     given = moment(1000, held_out=300, features=features)
     whole = Feedback.of(given)
     monkeypatch.setattr("qpc.quant.feedback.SLAB", 64)
+    monkeypatch.setattr("qpc.quant.triangle.SLAB", 64)
     cut = Feedback.of(given)
     assert cut.damping == whole.damping
     torch.testing.assert_close(cut.carry, whole.carry, rtol=1e-6, atol=1e-6)
@@ -215,3 +218,40 @@ def test_slabs_are_only_a_way_to_need_little_memory(features: int, monkeypatch: 
     inverse = torch.linalg.inv(unit)
     expected = float((inverse @ whole.judge.double() * inverse).sum() / whole.judge.double().trace())
     assert cut.expected_share == pytest.approx(expected, rel=1e-5) and whole.expected_share == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("held_out", [0, 300])
+def test_what_is_expected_needs_no_matrices(held_out: int) -> None:
+    made = Feedback.of(moment(1000, held_out=held_out))
+    assert Feedback.expected(moment(1000, held_out=held_out)) == Expected(made.expected_share, made.damping)
+
+
+def test_moments_in_double_precision_are_factored_alike_and_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpc.quant.feedback.SLAB", 64)
+    single, double = moment(1000, held_out=300), moment(1000, held_out=300)
+    assert double.held_out is not None
+    wide = Moment(double.matrix.double(), 1000, Moment(double.held_out.matrix.double(), 300))
+    found, expected = Feedback.of(wide), Feedback.of(single)
+    assert torch.equal(found.carry, expected.carry) and found.expected_share == expected.expected_share
+    assert wide.held_out is not None and torch.equal(wide.held_out.matrix, double.held_out.matrix.double())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says what was held at most")
+def test_three_matrices_are_held_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two moments, one of them in float64 as it is factored, and the feedback; slabs and what LAPACK takes come on top."""
+    for module in ("feedback", "triangle"):
+        monkeypatch.setattr(f"qpc.quant.{module}.SLAB", 64)
+    matrix = 4 * WIDE**2
+    for counted in (False, True):  # libraries take memory of their own the first time
+        before = settled()
+        drawn = torch.randn(2, 64, WIDE, generator=torch.Generator().manual_seed(0))
+        moments = [Moment(drawn[0].t() @ drawn[0], 64, Moment(drawn[1].t() @ drawn[1], 64))]
+        found = Feedback.of(moments.pop(), damping=0.1)
+        held = memory_bytes("VmHWM") - before
+        assert found.nbytes > 2 * matrix
+        assert not counted or held < 4.2 * matrix
+        del found
+
+
+WIDE = 2048
+"""Features of a moment beside which slabs are small."""

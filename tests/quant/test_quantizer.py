@@ -143,7 +143,8 @@ def test_encoding_what_was_decoded_gives_the_codes_back(quantizer: UniformQuanti
 def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, quantizer = gaussian(150, 50), TrellisQuantizer(5, 12)
     whole = quantizer.quantize(weight)
-    monkeypatch.setattr(quantizer_module, "SLAB_WEIGHTS", 64 * 50)
+    for slab in ("SLAB_WEIGHTS", "DECODED_WEIGHTS"):
+        monkeypatch.setattr(quantizer_module, slab, 64 * 50)
     slabs = quantizer.quantize(weight)
     assert torch.equal(whole.codes[0], slabs.codes[0]) and torch.equal(whole.scales, slabs.scales)
     assert torch.equal(whole.rotated(), slabs.rotated())
