@@ -1,5 +1,7 @@
 """Error feedback: the algebra that it rests on, and what it is for."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from qpc.quant.rounding import RowFeedback
 from qpc.quant.scalar import ScalarQuantizer
 from qpc.quant.stacking import quantize_stacked
 from qpc.quant.vector import VectorQuantizer
-from tests.memory import memory_bytes, settled
 
 FEATURES = 200
 QUANTIZERS = [
@@ -237,21 +238,8 @@ def test_moments_in_double_precision_are_factored_alike_and_left_as_they_are(mon
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says what was held at most")
-def test_three_matrices_are_held_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_matrices_are_held_at_most() -> None:
     """Two moments, one of them in float64 as it is factored, and the feedback; slabs and what LAPACK takes come on top."""
-    for module in ("feedback", "triangle"):
-        monkeypatch.setattr(f"qpc.quant.{module}.SLAB", 64)
-    matrix = 4 * WIDE**2
-    for counted in (False, True):  # libraries take memory of their own the first time
-        before = settled()
-        drawn = torch.randn(2, 64, WIDE, generator=torch.Generator().manual_seed(0))
-        moments = [Moment(drawn[0].t() @ drawn[0], 64, Moment(drawn[1].t() @ drawn[1], 64))]
-        found = Feedback.of(moments.pop(), damping=0.1)
-        held = memory_bytes("VmHWM") - before
-        assert found.nbytes > 2 * matrix
-        assert not counted or held < 4.2 * matrix
-        del found
-
-
-WIDE = 2048
-"""Features of a moment beside which slabs are small."""
+    command = [sys.executable, "-m", "tests.quant.feedback_memory"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert 2 < float(found.stdout) < 4.2
