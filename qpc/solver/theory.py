@@ -73,17 +73,16 @@ def palette_bound(tables: Sequence[Sequence[Cost]], weight_bytes: int) -> float:
     room = weight_bytes - sum(hull[0].weight_bytes for hull in hulls)
     if room < 0:
         raise BudgetError(f"a budget of {weight_bytes} bytes is below the smallest feasible one of {weight_bytes - room} bytes")
-    steps = [
-        ((low.distortion - high.distortion) / (high.weight_bytes - low.weight_bytes), high.weight_bytes - low.weight_bytes)
-        for hull in hulls
-        for low, high in pairwise(hull)
-    ]
-    saved = []
-    for price, size in sorted(steps, reverse=True):
-        taken = min(size, room)
-        saved.append(-price * taken)
-        room -= taken
-    return math.fsum([hull[0].distortion for hull in hulls] + saved)
+    steps = sorted(((_slope(*step), step) for hull in hulls for step in pairwise(hull)), key=lambda each: each[0])
+    losses = [hull[0].distortion for hull in hulls]
+    for slope, (low, high) in steps:
+        size = high.weight_bytes - low.weight_bytes
+        if size <= room:  # both ends, so that nothing is rounded
+            losses += [-low.distortion, high.distortion]
+        elif room > 0:
+            losses.append(slope * room)
+        room -= min(size, room)
+    return math.fsum(losses)
 
 
 def decibels(loss: float, bound: float) -> float:

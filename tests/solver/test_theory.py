@@ -59,6 +59,7 @@ def test_malformed_linears_are_refused(sensitivities: list[float], weights: list
 @settings(max_examples=300)
 @given(TABLES, st.integers(0, 250))
 @example([[Cost(0, 1.0), Cost(1, 2.0**-24), Cost(1, 0.0)], [Cost(0, 2.0**-24), Cost(1, 0.0)]], 2)
+@example([[Cost(0, 0.0)], [Cost(3, 5.47265625), Cost(45, 0.0)], [Cost(3, 5.47265625), Cost(45, 0.0)]], 90)
 def test_the_palette_bound_is_the_linear_program(tables: list[list[Cost]], budget: int) -> None:
     smallest = sum(min(cost.weight_bytes for cost in table) for table in tables)
     if smallest > budget:
