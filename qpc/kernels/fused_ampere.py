@@ -1,8 +1,9 @@
-"""`qpc.kernels.fused_hopper` without bulk copies and dependent launches, for GPUs from sm_80 on: the same sums, bit for bit.
+"""`qpc.kernels.fused_hopper` without bulk copies and dependent launches, for GPUs from sm_80 on.
 
-What differs is how codes and operand come to a warp. Each warp has a ring of its own for both, which its lanes fill by copies of 16 bytes
-that run on while older slots are multiplied; so no warp waits for another before its sums are put together. Four warps of a warpgroup copy
-the same blocks of the operand, three times from the first-level cache.
+Of one plan both are to give the same sums, bit for bit; this one has not run yet. What differs is how codes and operand come to a warp.
+Each warp has a ring of its own for both, which its lanes fill by copies of 16 bytes that run on while older slots are multiplied; so no
+warp waits for another before its sums are put together. Four warps of a warpgroup copy the same blocks of the operand, by copies that may
+hit the first-level cache.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment, misc, var-annotated"
